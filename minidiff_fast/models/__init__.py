@@ -1,0 +1,23 @@
+"""Denoisers and observation encoders: the trainable parts of a policy.
+
+``TransformerForDiffusion`` is a drop-in for diffusion_policy's module of that name; ``LowDimEncoder`` and
+``ImageEncoder`` make its condition tokens.
+"""
+
+from __future__ import annotations
+
+from minidiff_fast.models.observation_encoders import ImageEncoder, LowDimEncoder, SpatialSoftmax
+from minidiff_fast.models.transformer_for_diffusion import (
+    ConditionMemory,
+    TransformerForDiffusion,
+    timestep_embedding,
+)
+
+__all__ = [
+    "ConditionMemory",
+    "ImageEncoder",
+    "LowDimEncoder",
+    "SpatialSoftmax",
+    "TransformerForDiffusion",
+    "timestep_embedding",
+]

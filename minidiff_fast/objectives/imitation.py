@@ -1,0 +1,190 @@
+"""Imitation by denoising: DDPM (epsilon, sample, v) and flow matching, on Level-2 batches.
+
+A *process* says how a clean sample becomes a noisy one and what the network is asked for; it is an explicit object
+because conventions differ (which end of time is noise, what the target's sign is). :class:`DenoisingLoss` is the
+same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.level2 import Level2Batch
+
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+
+
+class Noised(NamedTuple):
+    """A noised sample and what the network should say about it."""
+
+    x: Tensor
+    """[B, K, T, A]: the network's input."""
+    t: Tensor
+    """[B, K]: the network's time input."""
+    target: Tensor
+    """[B, K, T, A] float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionProcess:
+    r"""Variance-preserving diffusion in discrete time: ``x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps``.
+
+    Targets: ``epsilon`` eps; ``sample`` x0; ``v_prediction`` ``sqrt(ab_t) eps - sqrt(1 - ab_t) x0``.
+
+    Sources: Ho et al., arXiv 2006.11239; v: Salimans and Ho, arXiv 2202.00512.
+
+    >>> process = DiffusionProcess(torch.tensor([0.9, 0.5, 0.1]), "epsilon")
+    >>> x0, eps = torch.zeros(1, 1, 2), torch.ones(1, 3, 1, 2)
+    >>> process.noised(x0, eps, torch.tensor([[0, 1, 2]])).x[0, :, 0, 0].round(decimals=3)
+    tensor([0.3160, 0.7070, 0.9490])
+    """
+
+    alphas_cumprod: Tensor
+    """[steps] float: the share of signal variance ab_t left at timestep t, in (0, 1], falling."""
+    prediction_type: PredictionType = "epsilon"
+    """What the network predicts."""
+    _on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ab = self.alphas_cumprod
+        if self.prediction_type not in get_args(PredictionType):
+            raise InvalidArgument(
+                f"DiffusionProcess: prediction_type must be one of {', '.join(get_args(PredictionType))}, "
+                f"got {self.prediction_type!r}"
+            )
+        if ab.dim() != 1 or ab.numel() < 1 or not bool(((ab > -1e-6) & (ab <= 1.0)).all()):
+            raise InvalidArgument(
+                f"DiffusionProcess: alphas_cumprod must be [steps] with values in [0, 1], got {list(ab.shape)}"
+            )
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> DiffusionProcess:
+        """The process of a diffusers scheduler (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, ...)."""
+        ab = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(ab, Tensor):
+            raise InvalidArgument(
+                f"DiffusionProcess.from_scheduler: {type(scheduler).__name__} has no alphas_cumprod; "
+                "flow-matching schedulers go with FlowMatching"
+            )
+        return cls(ab.detach().clone().float(), scheduler.config.prediction_type)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Timesteps are the integers below this."""
+        return self.alphas_cumprod.numel()
+
+    def draw_timesteps(
+        self, shape: tuple[int, int], *, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Uniform integers in [0, num_train_timesteps), int64 ``[B, K]``."""
+        return torch.randint(0, self.num_train_timesteps, shape, device=device, generator=generator)
+
+    def noised(
+        self,
+        x0: Tensor,  # [B, T, A]
+        noise: Tensor,  # [B, K, T, A]
+        t: Tensor,  # [B, K] int64
+    ) -> Noised:
+        """Noise every condition's clean sample K times, in float32."""
+        if t.is_floating_point():
+            raise InvalidArgument(f"DiffusionProcess: timesteps must be integers, got {t.dtype}")
+        if t.device not in self._on:
+            self._on[t.device] = self.alphas_cumprod.to(t.device, torch.float32)
+        ab = self._on[t.device][t][:, :, None, None]
+        signal, spread = ab.clamp(min=0.0).sqrt(), (1.0 - ab).sqrt()
+        clean, eps = x0[:, None].float(), noise.float()
+        x = signal * clean + spread * eps
+        if self.prediction_type == "epsilon":
+            target = eps
+        elif self.prediction_type == "sample":
+            target = clean.expand_as(eps)
+        else:
+            target = signal * eps - spread * clean
+        return Noised(x.to(x0.dtype), t, target)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    r"""Linear interpolation between data and noise, the network predicts the velocity dx/dt.
+
+    With the noise at t = 1: ``x_t = (1 - t) x0 + t eps``, target ``eps - x0``. With the noise at t = 0:
+    ``x_t = t x0 + (1 - t) eps``, target ``x0 - eps``.
+
+    Sources: Lipman et al., arXiv 2210.02747; Liu et al. (rectified flow), arXiv 2209.03003.
+    """
+
+    noise_at: Literal[0, 1] = 1
+    """Which end of time is noise. 1 is the convention of diffusers' FlowMatchEulerDiscreteScheduler and of pi0."""
+    timestep_scale: float = 1000.0
+    """The network sees t * timestep_scale, as sinusoidal embeddings made for integer timesteps need."""
+
+    def __post_init__(self) -> None:
+        if self.noise_at not in (0, 1):
+            raise InvalidArgument(f"FlowMatching: noise_at must be 0 or 1, got {self.noise_at!r}")
+
+    def draw_timesteps(
+        self, shape: tuple[int, int], *, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Uniform times in [0, 1), float32 ``[B, K]``."""
+        return torch.rand(shape, device=device, generator=generator)
+
+    def noised(
+        self,
+        x0: Tensor,  # [B, T, A]
+        noise: Tensor,  # [B, K, T, A]
+        t: Tensor,  # [B, K] float, in [0, 1]
+    ) -> Noised:
+        """Noise every condition's clean sample K times, in float32."""
+        if not t.is_floating_point():
+            raise InvalidArgument(f"FlowMatching: times must be floats in [0, 1], got {t.dtype}")
+        level = (t if self.noise_at == 1 else 1.0 - t).float()[:, :, None, None]
+        clean, eps = x0[:, None].float(), noise.float()
+        x = (1.0 - level) * clean + level * eps
+        velocity = eps - clean if self.noise_at == 1 else clean - eps
+        return Noised(x.to(x0.dtype), t * self.timestep_scale, velocity)
+
+
+@dataclass(frozen=True, eq=False)
+class DenoisingLoss:
+    r"""The mean squared error of the prediction, per sample: ``l_bk = w_bk mean_{t: mask} mean_a (pred - target)^2``.
+
+    The mean over a sample's T action tokens counts the tokens that ``batch.mask`` marks; the sum is float32.
+    """
+
+    process: DiffusionProcess | FlowMatching
+    """How samples are noised and what is predicted."""
+
+    def draw_timesteps(
+        self, shape: tuple[int, int], *, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Independent times for ``[B, K]`` samples, from the process."""
+        return self.process.draw_timesteps(shape, device=device, generator=generator)
+
+    def per_sample(
+        self, denoise: Callable[[Any, Tensor, Tensor], Tensor], cache: Any, batch: Level2Batch
+    ) -> Tensor:  # [B, K] float32
+        """The loss of every sample of ``batch``, weights applied.
+
+        Raises:
+            InvalidArgument: the prediction is not of the noise's shape.
+        """
+        noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
+        prediction = denoise(cache, noised.x, noised.t)
+        if prediction.shape != noised.target.shape:
+            raise InvalidArgument(
+                f"DenoisingLoss: denoise must return [B, K, T, A] = {list(noised.target.shape)}, "
+                f"got {list(prediction.shape)}"
+            )
+        error = (prediction.float() - noised.target).square().mean(-1)  # [B, K, T]
+        if batch.mask is None:
+            loss = error.mean(-1)
+        else:
+            counted = batch.mask[:, None].to(error.dtype)
+            loss = (error * counted).sum(-1) / counted.sum(-1).clamp(min=1.0)
+        return loss if batch.weight is None else loss * batch.weight.float()

@@ -1,0 +1,15 @@
+"""The ops: each a plain PyTorch definition, a schema, and kernels that are checked against the definition."""
+
+from minidiff_fast.ops.broadcast_attention import (
+    AttentionOutput,
+    broadcast_attention,
+    broadcast_attention_reference,
+    draw_dropout_seed,
+)
+
+__all__ = [
+    "AttentionOutput",
+    "broadcast_attention",
+    "broadcast_attention_reference",
+    "draw_dropout_seed",
+]

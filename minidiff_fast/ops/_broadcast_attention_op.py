@@ -1,0 +1,133 @@
+"""Schema, fake and autograd of ``minidiff_fast::broadcast_attention_fwd`` and ``_bwd``; Triton loads when they run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("minidiff_fast::broadcast_attention_fwd", mutates_args=())
+def broadcast_attention_fwd(
+    q: Tensor,  # [B, K, T, H, D]
+    k: Tensor,  # [B, S, Hkv, D]
+    v: Tensor,  # [B, S, Hkv, D]
+    own_k: Tensor | None,  # [B, K, P, Hkv, D]
+    own_v: Tensor | None,  # [B, K, P, Hkv, D]
+    lengths: Tensor | None,  # [B]
+    mask: Tensor | None,  # [B or 1, T or 1, S]
+    seed: Tensor | None,  # [1]
+    own_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, K, T, H, D]; lse [B, K, T, H] float32; what its rounding lost (float32 inputs; else empty)."""
+    from minidiff_fast.ops._broadcast_attention_launch import launch_forward
+
+    return launch_forward(q, k, v, own_k, own_v, lengths, mask, seed, own_causal, dropout_p, scale)
+
+
+@broadcast_attention_fwd.register_fake
+def _(q, k, v, own_k, own_v, lengths, mask, seed, own_causal, dropout_p, scale):  # type: ignore[no-untyped-def]
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    correction = torch.empty_like(lse) if q.dtype == torch.float32 else lse.new_empty(0)
+    return q.new_empty(q.shape), lse, correction
+
+
+@torch.library.custom_op("minidiff_fast::broadcast_attention_bwd", mutates_args=())
+def broadcast_attention_bwd(
+    dout: Tensor,  # [B, K, T, H, D]
+    dlse: Tensor,  # [B, K, T, H]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor | None,
+    own_v: Tensor | None,
+    out: Tensor,  # [B, K, T, H, D]
+    lse: Tensor,  # [B, K, T, H]
+    lse_correction: Tensor,  # [B, K, T, H] or empty
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    own_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, down_k, down_v, each of its input's shape and dtype; the last two are empty without own tokens."""
+    from minidiff_fast.ops._broadcast_attention_launch import launch_backward
+
+    return launch_backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        own_k,
+        own_v,
+        out,
+        lse,
+        lse_correction,
+        lengths,
+        mask,
+        seed,
+        own_causal,
+        dropout_p,
+        scale,
+    )
+
+
+@broadcast_attention_bwd.register_fake
+def _(
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    own_k,
+    own_v,
+    out,
+    lse,
+    lse_correction,
+    lengths,
+    mask,
+    seed,
+    own_causal,
+    dropout_p,
+    scale,
+):  # type: ignore[no-untyped-def]
+    own = q.new_empty(0) if own_k is None else q.new_empty(own_k.shape)
+    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), own, torch.empty_like(own)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, own_k, own_v, lengths, mask, seed, ctx.own_causal, ctx.dropout_p, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, own_k, own_v, *output, lengths, mask, seed)
+
+
+def _backward(ctx, dout, dlse, _):  # type: ignore[no-untyped-def]
+    q, k, v, own_k, own_v, out, lse, lse_correction, lengths, mask, seed = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    dq, dk, dv, down_k, down_v = broadcast_attention_bwd(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        own_k,
+        own_v,
+        out,
+        lse,
+        lse_correction,
+        lengths,
+        mask,
+        seed,
+        ctx.own_causal,
+        ctx.dropout_p,
+        ctx.scale,
+    )
+    if own_k is None:
+        down_k = down_v = None
+    return dq, dk, dv, down_k, down_v, None, None, None, None, None, None
+
+
+broadcast_attention_fwd.register_autograd(_backward, setup_context=_setup_context)

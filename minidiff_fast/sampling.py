@@ -1,0 +1,67 @@
+"""Sampling with a cached condition: the observation is encoded once, whatever the number of samples and steps."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.policy import Policy
+
+
+@torch.no_grad()
+def sample_actions(
+    policy: Policy,
+    obs: Any,
+    scheduler: Any,
+    *,
+    num_inference_steps: int,
+    shape: tuple[int, int],
+    k: int = 1,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # [B, K, T, A], normalised
+    """Draw K action sequences for each of B observations with a diffusers scheduler.
+
+    Args:
+        policy: encodes once, then denoises ``num_inference_steps`` times.
+        obs: what ``policy.encode`` takes, every tensor with leading dimension B.
+        scheduler: a diffusers scheduler (``set_timesteps``, ``scale_model_input``, ``step``), e.g. DDIMScheduler or
+            FlowMatchEulerDiscreteScheduler. Its state is reset by ``set_timesteps``.
+        num_inference_steps: denoising steps.
+        shape: (T, A), action tokens and action dimension.
+        k: samples per observation.
+        generator: the only source of randomness. On the CPU it gives one stream on every device.
+        dtype: of the sample handed to the policy.
+
+    Raises:
+        InvalidArgument: k < 1, num_inference_steps < 1, or more steps than the scheduler was trained with.
+    """
+    if k < 1:
+        raise InvalidArgument(f"sample_actions: k, the samples per observation, must be at least 1, got {k}")
+    trained = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= trained:
+        raise InvalidArgument(
+            f"sample_actions: num_inference_steps must be in [1, {trained}], got {num_inference_steps}"
+        )
+    cache = policy.encode(obs)
+    first = next((leaf for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)), None)
+    if first is None:
+        raise InvalidArgument("sample_actions: policy.encode returned no tensor")
+    device = first.device
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    noise_device = device if generator is None else generator.device
+    x = torch.randn((first.shape[0], k, *shape), generator=generator, device=noise_device).to(device)
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        times = t.expand(x.shape[0], k)
+        prediction = policy.denoise(cache, scaled.to(dtype), times)
+        x = scheduler.step(prediction.to(x.dtype), t, x, **extra).prev_sample
+    return x

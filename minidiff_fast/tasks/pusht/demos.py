@@ -1,0 +1,195 @@
+"""Push-T demonstrations by the look-ahead expert, made in parallel worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minidiff_fast.errors import InvalidArgument, RunFolderError, require
+from minidiff_fast.tasks.pusht.env import SUCCESS_COVERAGE, PushTEnv
+from minidiff_fast.tasks.pusht.expert import Expert
+
+EMBEDDED = Path(__file__).with_name("demonstrations.npz")
+"""The demonstrations that are part of the package."""
+
+
+@dataclass(frozen=True)
+class DemoEpisode:
+    """One episode of the expert."""
+
+    seed: int
+    """Seed of ``PushTEnv.reset``."""
+    state: NDArray[np.float32]
+    """Observation before each action: agent x, y, block x, y (pixels), block angle (radians). [T, 5]"""
+    action: NDArray[np.float32]
+    """Target position of the agent, pixels. [T, 2]"""
+    coverage: float
+    """Largest share of the goal covered in the episode."""
+
+    @property
+    def solved(self) -> bool:
+        """Whether coverage went over 0.95, which ended the episode."""
+        return self.coverage > SUCCESS_COVERAGE
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What ``generate_demos`` wrote."""
+
+    path: Path
+    """The file."""
+    episodes: int
+    """Episodes written; all are solved."""
+    attempted: int
+    """Episodes run: seeds ``seed`` to ``seed + attempted - 1``."""
+    solved: int
+    """Attempted episodes that the expert solved."""
+    steps: int
+    """Rows written."""
+
+
+def run_episode(seed: int, max_steps: int = 300) -> DemoEpisode:
+    """The expert on one start, until it is solved or ``max_steps`` environment steps are over."""
+    env = PushTEnv(render_mode=None)
+    expert = Expert()
+    observation, info = env.reset(seed=seed)
+    states, actions, coverage = [], [], float(info["coverage"])
+    for _ in range(max_steps):
+        action = expert.act(env)
+        states.append(observation)
+        actions.append(action)
+        observation, _, done, _, info = env.step(action)
+        coverage = max(coverage, float(info["coverage"]))
+        if done:
+            break
+    return DemoEpisode(
+        seed, np.array(states, dtype=np.float32), np.array(actions, dtype=np.float32), coverage
+    )
+
+
+def generate_demos(
+    episodes: int,
+    seed: int = 0,
+    out: str | os.PathLike[str] = "pusht_demos.npz",
+    workers: int = 1,
+    progress: bool = True,
+    *,
+    max_steps: int = 300,
+    overwrite: bool = False,
+) -> DemoReport:
+    """Write ``episodes`` solved episodes of the expert as a compressed .npz file.
+
+    Seeds are tried in order from ``seed`` on and unsolved episodes are left out, so the file depends on
+    ``episodes``, ``seed`` and ``max_steps`` and not on the number of workers. Arrays: ``state`` [N, 5]
+    float32 (before the action of its row), ``action`` [N, 2] float32 (pixels), ``episode_ends`` [E] int64
+    (exclusive), ``coverage`` [E] float32, ``seed`` [E] int64, ``attempted`` int64, ``command`` string.
+
+    Args:
+        episodes: solved episodes to write, >= 1.
+        seed: first seed; evaluation uses 100000 and up.
+        out: the file, with the suffix .npz.
+        workers: processes; 1 works in this one.
+        progress: show a progress bar (needs tqdm).
+        max_steps: environment steps an episode may take.
+        overwrite: replace an existing file.
+
+    Raises:
+        InvalidArgument: an argument is out of range.
+        RunFolderError: ``out`` exists and ``overwrite`` is False, its folder is missing, or fewer than
+            ``episodes`` of the first ``2 * episodes + 2`` starts were solved.
+    """
+    for name, value in (("episodes", episodes), ("workers", workers), ("max_steps", max_steps)):
+        if value < 1:
+            raise InvalidArgument(f"generate_demos: {name} must be >= 1, got {value}")
+    if seed < 0:
+        raise InvalidArgument(f"generate_demos: seed must be >= 0, got {seed}")
+    path = Path(out)
+    if path.suffix != ".npz":
+        raise InvalidArgument(f"generate_demos: out must end in .npz, got {path}")
+    if path.exists() and not overwrite:
+        raise RunFolderError(f"generate_demos: {path} exists; choose another out or pass overwrite=True")
+    if not path.parent.is_dir():
+        raise RunFolderError(f"generate_demos: the folder {path.parent} of out does not exist")
+
+    bar = require("tqdm", extra="train").tqdm(total=episodes, desc="demos", unit="ep") if progress else None
+    kept: list[DemoEpisode] = []
+    attempted = 0
+    limit = 2 * episodes + 2
+    for episode in _episodes(seed, limit, workers, max_steps):
+        attempted += 1
+        if episode.solved:
+            kept.append(episode)
+        if bar is not None:
+            bar.update(int(episode.solved))
+            bar.set_postfix(solved=f"{len(kept)}/{attempted}", refresh=False)
+        if len(kept) == episodes:
+            break
+    if bar is not None:
+        bar.close()
+    if len(kept) < episodes:
+        raise RunFolderError(
+            f"generate_demos: {len(kept)} of {attempted} starts solved within {max_steps} steps, "
+            f"{episodes} wanted; allow more max_steps. Nothing was written"
+        )
+    command = f"generate_demos(episodes={episodes}, seed={seed}, max_steps={max_steps})"
+    _write(path, kept, attempted, command, overwrite)
+    return DemoReport(path, len(kept), attempted, len(kept), sum(len(episode.state) for episode in kept))
+
+
+def _run(task: tuple[int, int]) -> DemoEpisode:
+    return run_episode(*task)
+
+
+def _episodes(seed: int, count: int, workers: int, max_steps: int) -> Iterator[DemoEpisode]:
+    """Episodes in the order of their seeds."""
+    if workers == 1:
+        for index in range(count):
+            yield run_episode(seed + index, max_steps)
+        return
+    # spawn: a forked copy of a process with running threads (torch, a progress bar) can hang
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        window = 4 * workers  # ahead of the reader: little is computed in vain when enough are solved
+        futures = [pool.submit(_run, (seed + index, max_steps)) for index in range(min(window, count))]
+        try:
+            for index in range(count):
+                episode = futures[index].result()
+                following = len(futures)
+                if following < count:
+                    futures.append(pool.submit(_run, (seed + following, max_steps)))
+                yield episode
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _write(path: Path, episodes: list[DemoEpisode], attempted: int, command: str, overwrite: bool) -> None:
+    arrays = {
+        "state": np.concatenate([episode.state for episode in episodes]),
+        "action": np.concatenate([episode.action for episode in episodes]),
+        "episode_ends": np.cumsum([len(episode.state) for episode in episodes]).astype(np.int64),
+        "coverage": np.array([episode.coverage for episode in episodes], dtype=np.float32),
+        "seed": np.array([episode.seed for episode in episodes], dtype=np.int64),
+        "attempted": np.int64(attempted),
+        "command": np.str_(command),
+    }
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+        if path.exists() and not overwrite:
+            raise RunFolderError(f"generate_demos: {path} appeared meanwhile and was left as it is")
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

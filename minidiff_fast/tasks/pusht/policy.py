@@ -1,0 +1,229 @@
+"""A diffusion policy for Push-T: its configuration, how it is built, and how it acts.
+
+torch and diffusers are imported when something is built, so that a command line can show its options at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+import numpy as np
+
+from minidiff_fast.errors import InvalidArgument, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from minidiff_fast.nn.normalizer import MinMaxNormalizer
+    from minidiff_fast.objectives.imitation import DiffusionProcess, FlowMatching
+    from minidiff_fast.policy import DiffusionPolicy
+
+ACTION_DIM = 2
+"""Target position of the agent, x and y, pixels."""
+
+LOW_DIM_ENTRIES: dict[str, dict[str, int]] = {
+    "state": {"state": 5},
+    "keypoints": {"keypoints": 20},
+    "image": {"agent_pos": 2},
+}
+"""Per observation kind the low-dimensional entries of an observation and their channels."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What decides the shapes and the meaning of a policy's weights; stored with every checkpoint."""
+
+    obs: Literal["state", "keypoints", "image"] = "keypoints"
+    """What the policy sees: the state (5 numbers), 9 block keypoints and the agent (20), or the camera."""
+    horizon: int = 16
+    """Actions T of a predicted sequence, 0.1 s each."""
+    n_obs_steps: int = 2
+    """Observations To that the policy sees."""
+    n_action_steps: int = 8
+    """Actions that are executed before the policy looks again."""
+    n_layer: int = 4
+    """Decoder layers."""
+    n_head: int = 4
+    """Attention heads; divides n_emb."""
+    n_emb: int = 128
+    """Width of the tokens."""
+    p_drop_emb: float = 0.0
+    """Dropout after the embeddings."""
+    p_drop_attn: float = 0.05
+    """Dropout of attention weights and of residual branches."""
+    causal_attn: bool = True
+    """An action attends to itself and to earlier ones only."""
+    prediction: Literal["epsilon", "sample", "v_prediction", "flow"] = "sample"
+    """What the network predicts: the noise, the clean actions, v, or the velocity of flow matching."""
+    num_train_timesteps: int = 100
+    """Diffusion steps in training; the scale of the time input for flow matching."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """Noise schedule of diffusers' schedulers; flow matching has none."""
+    num_inference_steps: int = 10
+    """Denoising steps per action sequence when the policy acts."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(PolicyConfig).items():
+            choices = get_args(annotation)
+            if choices and getattr(self, name) not in choices:
+                raise InvalidArgument(
+                    f"PolicyConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+            if annotation is int and getattr(self, name) < 1:
+                raise InvalidArgument(f"PolicyConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.n_obs_steps - 1 + self.n_action_steps > self.horizon:
+            raise InvalidArgument(
+                f"PolicyConfig: n_obs_steps - 1 + n_action_steps must be at most horizon = {self.horizon}, "
+                f"got {self.n_obs_steps} - 1 + {self.n_action_steps}"
+            )
+        if self.n_emb % self.n_head or self.n_emb // self.n_head < 8:
+            raise InvalidArgument(
+                f"PolicyConfig: n_emb must be a multiple of n_head with at least 8 channels a head, "
+                f"got n_emb = {self.n_emb}, n_head = {self.n_head}"
+            )
+        for name in ("p_drop_emb", "p_drop_attn"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InvalidArgument(f"PolicyConfig: {name} must be in [0, 1), got {getattr(self, name)}")
+        if self.num_inference_steps > self.num_train_timesteps:
+            raise InvalidArgument(
+                f"PolicyConfig: num_inference_steps must be at most num_train_timesteps = "
+                f"{self.num_train_timesteps}, got {self.num_inference_steps}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PolicyConfig:
+        """The configuration that ``dataclasses.asdict`` gave. Raises :class:`InvalidArgument` for other keys."""
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            raise InvalidArgument(
+                f"PolicyConfig: expected the fields {sorted(known)}, "
+                f"missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}"
+            )
+        return cls(**values)
+
+
+def build_policy(
+    config: PolicyConfig,
+    obs_normalizers: dict[str, MinMaxNormalizer],
+    action_normalizer: MinMaxNormalizer,
+) -> DiffusionPolicy:
+    """A policy with fresh weights from torch's global generator.
+
+    Args:
+        config: its shapes.
+        obs_normalizers: one for every low-dimensional observation, see :data:`LOW_DIM_ENTRIES`.
+        action_normalizer: pixels -> [-1, 1].
+
+    Raises:
+        InvalidArgument: a normaliser is missing or has other channels.
+        MissingDependency: ``obs="image"`` without transformers.
+    """
+    from minidiff_fast.models import ImageEncoder, LowDimEncoder, TransformerForDiffusion
+    from minidiff_fast.policy import DiffusionPolicy
+
+    entries = LOW_DIM_ENTRIES[config.obs]
+    found = {name: normalizer.channels for name, normalizer in obs_normalizers.items()}
+    if found != entries or action_normalizer.channels != ACTION_DIM:
+        raise InvalidArgument(
+            f"build_policy: obs={config.obs!r} needs normalisers with the channels {entries} and {ACTION_DIM} "
+            f"for the action, got {found} and {action_normalizer.channels}"
+        )
+    encoder = ImageEncoder(entries) if config.obs == "image" else LowDimEncoder(entries)
+    denoiser = TransformerForDiffusion(
+        ACTION_DIM,
+        ACTION_DIM,
+        config.horizon,
+        n_obs_steps=config.n_obs_steps,
+        cond_dim=encoder.output_dim,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_emb=config.n_emb,
+        p_drop_emb=config.p_drop_emb,
+        p_drop_attn=config.p_drop_attn,
+        causal_attn=config.causal_attn,
+    )
+    return DiffusionPolicy(encoder, denoiser, obs_normalizers, action_normalizer)
+
+
+def build_process(config: PolicyConfig) -> DiffusionProcess | FlowMatching:
+    """How samples are noised in training; :func:`build_scheduler` gives the sampler that belongs to it."""
+    from minidiff_fast.objectives.imitation import DiffusionProcess, FlowMatching
+
+    if config.prediction == "flow":
+        return FlowMatching(noise_at=1, timestep_scale=float(config.num_train_timesteps))
+    return DiffusionProcess.from_scheduler(build_scheduler(config))
+
+
+def build_scheduler(config: PolicyConfig) -> Any:
+    """The sampler: diffusers' DDIMScheduler, or FlowMatchEulerDiscreteScheduler for ``prediction="flow"``.
+
+    DDIM starts at the last training timestep (``trailing``), except for ``epsilon``: there the clean sample is
+    read off as ``(x - sqrt(1 - ab) eps) / sqrt(ab)``, and ab is next to nothing at the last timestep.
+    """
+    diffusers = require("diffusers", extra="train")
+    if config.prediction == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction,
+        clip_sample=True,
+        timestep_spacing="leading" if config.prediction == "epsilon" else "trailing",
+    )
+
+
+class PushTActor:
+    """A policy as :func:`minidiff_fast.tasks.pusht.evaluation.evaluate` calls it: observations in, actions out.
+
+    Each call encodes n observations, draws one action sequence for each of them and returns the
+    ``n_action_steps`` actions from the last observation on, places ``n_obs_steps - 1`` to
+    ``n_obs_steps + n_action_steps - 2`` of the horizon. The randomness comes from ``seed`` alone: an actor made
+    anew with it repeats its actions, whatever else has drawn random numbers.
+
+    Args:
+        policy: in the mode (train, eval) it is in; ``evaluate`` wants eval.
+        scheduler: from :func:`build_scheduler`; its state is reset at every call.
+        config: the policy's configuration.
+        device: where the policy lies.
+        seed: of the action samples.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        scheduler: Any,
+        config: PolicyConfig,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        import torch
+
+        self.policy, self.scheduler, self.config = policy, scheduler, config
+        self.device = torch.device(device)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self,
+        obs: dict[str, np.ndarray],  # name -> [n, To, ...], raw units
+    ) -> np.ndarray:  # [n, n_action_steps, 2], pixels
+        import torch
+
+        from minidiff_fast.sampling import sample_actions
+
+        config = self.config
+        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in obs.items()}
+        with torch.no_grad():
+            sampled = sample_actions(
+                self.policy,
+                tensors,
+                self.scheduler,
+                num_inference_steps=config.num_inference_steps,
+                shape=(config.horizon, ACTION_DIM),
+                generator=self._generator,
+            )
+            pixels = self.policy.denormalize_actions(sampled[:, 0])  # [n, T, 2]
+        first = config.n_obs_steps - 1
+        chosen: np.ndarray = pixels[:, first : first + config.n_action_steps].float().cpu().numpy()
+        return chosen
