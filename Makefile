@@ -15,9 +15,8 @@ BIN := $(VENV)/bin
 # up to pip 25.2, PIP_BUILD_CONSTRAINT from 25.3 on.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
-# What an installed copy does not follow by itself: the metadata, the compiled part and the data.
-BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt minidiff_fast/_version.py \
-	$(shell find csrc -type f) $(wildcard minidiff_fast/tasks/*/*.npz)
+# What an installed copy does not follow by itself: the metadata and the compiled part.
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt minidiff_fast/_version.py $(shell find csrc -type f)
 
 .PHONY: install test demo lint format bench clean
 
@@ -53,7 +52,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/minidiff-fast demo --out runs/demo
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py attention
 
 # Keeps runs/ and the virtual environment.
 clean:

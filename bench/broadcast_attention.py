@@ -89,7 +89,7 @@ def plan(scale: str, cases: Iterable[str], dtypes: Iterable[str]) -> list[Cell]:
 
 
 class Bench:
-    """Measures cells on one device; ceilings are measured once per dtype and run."""
+    """Measures cells on one device; a dtype's ceilings are the best so far in this run."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -100,8 +100,8 @@ class Bench:
         """Everything about one cell, ready for JSON."""
         started = time.perf_counter()
         with tf32(cell.dtype == "tf32"):
-            if cell.dtype not in self.ceilings:
-                self.ceilings[cell.dtype] = measure_ceilings(self.settings.device, DTYPES[cell.dtype])
+            measured = measure_ceilings(self.settings.device, DTYPES[cell.dtype])
+            self.ceilings[cell.dtype] = measured.best(self.ceilings.get(cell.dtype))
             result = self._measure(cell)
         gc.collect()
         if self.settings.device.type == "cuda":

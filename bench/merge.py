@@ -51,9 +51,7 @@ class CpuKernel:
     multiple = 1
 
     def forward(self, q, k, v, bias, causal, scale):
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-        )
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
         return out, lse, ()
 
     def backward(self, grad, q, k, v, bias, out, lse, state, causal, scale):

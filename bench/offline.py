@@ -25,7 +25,10 @@ from typing import Any
 
 import torch
 
-SHARED_MEMORY_LIMIT = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376, "gfx90a": 65536, "gfx942": 65536}  # fmt: skip
+SHARED_MEMORY_LIMIT = {
+    "80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376,
+    "gfx90a": 65536, "gfx942": 65536,
+}  # fmt: skip
 """Bytes of shared memory that one thread block may use, per architecture (CUDA C++ Programming Guide; CDNA ISA)."""
 
 
@@ -99,9 +102,7 @@ def record(case: Case, *, hip: bool) -> list[tuple[Any, tuple[Any, ...], dict[st
     dtype, device = getattr(torch, case.dtype), "meta"
     q = torch.empty(case.B, case.K, case.T, case.H, case.D, dtype=dtype, device=device)
     k = torch.empty(case.B, case.S, case.Hkv, case.D, dtype=dtype, device=device)
-    own = (
-        torch.empty(case.B, case.K, case.P, case.Hkv, case.D, dtype=dtype, device=device) if case.P else None
-    )
+    own = torch.empty(case.B, case.K, case.P, case.Hkv, case.D, dtype=dtype, device=device) if case.P else None
     lengths = torch.empty(case.B, dtype=torch.int32, device=device) if case.lengths else None
     mask = torch.empty(1, case.T, case.S, dtype=torch.bool, device=device) if case.mask else None
     seed = torch.empty(1, dtype=torch.int64, device=device) if case.dropout_p else None
@@ -153,9 +154,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], flags: dict[str, Any], ta
     gpu = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
     options = {name: value for name, value in flags.items() if name not in kernel.arg_names}
     signature, constants, attributes = _specialise(kernel, args, flags)
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=gpu, options=options
-    )
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
     facts: dict[str, Any] = {"shared": compiled.metadata.shared, "shared_limit": SHARED_MEMORY_LIMIT[arch]}
     facts.update(
         _cuda_facts(compiled.asm["cubin"], compiled.asm["ptx"])
@@ -179,9 +178,7 @@ def _cuda_facts(cubin: bytes, ptx: str) -> dict[str, Any]:
         usage = subprocess.run(
             [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-        sass = subprocess.run(
-            [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     text = usage.stdout + usage.stderr
     registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     return {
@@ -229,15 +226,11 @@ def main(argv: list[str] | None = None) -> int:
                     "target": target,
                 }
                 row["config"] = {
-                    n: flags[n]
-                    for n in ("BLOCK_M", "BLOCK_N", "BLOCK_P", "num_warps", "num_stages")
-                    if n in flags
+                    n: flags[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_P", "num_warps", "num_stages") if n in flags
                 }
                 row.update(compile_launch(kernel, args, flags, target), error=None)
                 if row["shared"] > row["shared_limit"]:
-                    row["error"] = (
-                        f"shared memory {row['shared']} bytes over the limit of {row['shared_limit']}"
-                    )
+                    row["error"] = f"shared memory {row['shared']} bytes over the limit of {row['shared_limit']}"
                 failed = failed or row["error"] is not None
                 print(json.dumps(row), flush=True)
     return int(failed)

@@ -374,9 +374,7 @@ def _sdpa_peer(family: str, backend: str, what: str) -> Peer:
     def supports(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Reason:
         return rule(case, device, dtype) or _why_not_backend(backend, case, device, dtype)
 
-    return Peer(
-        f"{family}-{backend}", family, what, supports, partial(prepare, backend), lambda *_: f"sdpa {backend}"
-    )
+    return Peer(f"{family}-{backend}", family, what, supports, partial(prepare, backend), lambda *_: f"sdpa {backend}")
 
 
 def _why_not_flex(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Reason:

@@ -100,9 +100,7 @@ def losses(document: Record) -> list[str]:
                 continue
             a, b = median(ours, which), median(rival[1], which)
             if b < a:
-                lines.append(
-                    f"- {key}, {label}: ours {a:.3f} ms, {rival[0]} {b:.3f} ms, {a / b:.2f} times as long"
-                )
+                lines.append(f"- {key}, {label}: ours {a:.3f} ms, {rival[0]} {b:.3f} ms, {a / b:.2f} times as long")
     return lines
 
 

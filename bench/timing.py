@@ -10,7 +10,7 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from cases import Inputs, Pass, Work
@@ -152,6 +152,16 @@ class Ceilings:
     exponentials_per_second: float | None
     """NVIDIA: 16 per SM and clock at the highest SM clock (arithmetic, not a measurement). Else unknown."""
 
+    def best(self, before: Ceilings | None) -> Ceilings:
+        """The higher of two measurements: others' load can only lower one."""
+        if before is None:
+            return self
+        return replace(
+            self,
+            flops_per_second=max(self.flops_per_second, before.flops_per_second),
+            bytes_per_second=max(self.bytes_per_second, before.bytes_per_second),
+        )
+
     def floor_ms(self, work: Work) -> float:
         """The time below which no implementation can get on these ceilings."""
         seconds = [work.flops / self.flops_per_second, work.bytes / self.bytes_per_second]
@@ -161,7 +171,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of several runs each; about a second."""
+    """Best of a few runs each; well under a second."""
     clock = Clock(device)
     cuda = device.type == "cuda"
     if cuda:
@@ -173,7 +183,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
             flops = max(flops, _matrix_rate(clock, dtype, 256))
     source = torch.randn((1 << 28) if cuda else (1 << 24), device=device)
     target = torch.empty_like(source)
-    copy = min(clock(lambda: target.copy_(source)) for _ in range(8))
+    copy = min(clock(lambda: target.copy_(source)) for _ in range(4))
     return Ceilings(
         flops_per_second=flops,
         bytes_per_second=2.0 * source.numel() * source.element_size() / (copy * 1e-3),
@@ -184,7 +194,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def _matrix_rate(clock: Clock, dtype: torch.dtype, n: int) -> float:
     """FLOP/s of an n-cubed product on random data."""
     a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
-    return 2.0 * n**3 / (1e-3 * min(clock(lambda: a @ b) for _ in range(8)))
+    return 2.0 * n**3 / (1e-3 * min(clock(lambda: a @ b) for _ in range(4)))
 
 
 def _exponential_rate(device: torch.device) -> float | None:

@@ -91,9 +91,7 @@ def _load_keys(
         offset = (keys // P).to(tl.int64) * stride_k + (keys % P).to(tl.int64) * stride_s
     else:
         offset = keys.to(tl.int64) * stride_s
-    return tl.load(
-        base + offset[:, None] + d[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :], other=0.0
-    )
+    return tl.load(base + offset[:, None] + d[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -310,9 +308,7 @@ def _broadcast_attention_bwd_delta_kernel(
     row_mask = rows < K * T * G
     d = tl.arange(0, BLOCK_D)
     index = _row_index(b, h, rows, K, T, HEADS, G)
-    out_tile = tl.load(
-        out + index[:, None] * D + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0
-    )
+    out_tile = tl.load(out + index[:, None] * D + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
     dout_tile = _load_rows(
         dout + b * stride_dob + h.to(tl.int64) * G * stride_doh,
         rows,
@@ -336,9 +332,7 @@ def _row_statistics(lse, lse_correction, delta, index, row_mask, EXACT: tl.const
     """Per row: lse in the units of the logits (0 for a row that saw nothing: its p are exp(-inf) = 0), what it lacks, delta."""
     row_lse = tl.load(lse + index, mask=row_mask, other=float("-inf"))
     row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse * (1.0 if EXACT else LOG2_E))
-    correction = (
-        tl.load(lse_correction + index, mask=row_mask, other=0.0) if EXACT else tl.zeros_like(row_lse)
-    )
+    correction = tl.load(lse_correction + index, mask=row_mask, other=0.0) if EXACT else tl.zeros_like(row_lse)
     return row_lse, correction, tl.load(delta + index, mask=row_mask, other=0.0)
 
 
@@ -372,14 +366,10 @@ def _accumulate_dq(
             HAS_MASK,
             G,
         )
-        p = _exponential(
-            tl.where(visible, logits, float("-inf")) - row_lse[:, None] - correction[:, None], EXACT
-        )
+        p = _exponential(tl.where(visible, logits, float("-inf")) - row_lse[:, None] - correction[:, None], EXACT)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) * keep_scale
         if HAS_DROPOUT:
-            dp = tl.where(
-                _kept(seed, dropout_threshold, b, h, rows, keys, K, T, S, P, OWN, G, HEADS), dp, 0.0
-            )
+            dp = tl.where(_kept(seed, dropout_threshold, b, h, rows, keys, K, T, S, P, OWN, G, HEADS), dp, 0.0)
         ds = p * (dp - row_delta[:, None])
         dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=PRECISION)
     return dq_acc
@@ -517,9 +507,7 @@ def _broadcast_attention_bwd_dkdv_kernel(
     for start in tl.range(row_start, row_end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         row_mask = rows < row_end
-        q_tile = _load_rows(
-            q_base, rows, row_mask, T, stride_qk, stride_qt, stride_qh, stride_qd, G, D, BLOCK_D
-        )
+        q_tile = _load_rows(q_base, rows, row_mask, T, stride_qk, stride_qt, stride_qh, stride_qd, G, D, BLOCK_D)
         dout_tile = _load_rows(
             dout_base, rows, row_mask, T, stride_dok, stride_dot, stride_doh, stride_dod, G, D, BLOCK_D
         )
@@ -541,9 +529,7 @@ def _broadcast_attention_bwd_dkdv_kernel(
             HAS_MASK,
             G,
         )
-        p = _exponential(
-            tl.where(visible, logits, float("-inf")) - row_lse[:, None] - correction[:, None], EXACT
-        )
+        p = _exponential(tl.where(visible, logits, float("-inf")) - row_lse[:, None] - correction[:, None], EXACT)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) * keep_scale
         p_kept = p
         if HAS_DROPOUT:

@@ -13,6 +13,7 @@ The environment variable ``MINIDIFF_FAST_IMPL`` replaces ``"auto"`` (and only ``
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -56,9 +57,14 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when a Triton kernel can run on tensors of this device and dtype, else the reason and the cure."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "the package triton is not installed; pip install triton (Linux only)"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {dtype}; use impl='reference'"

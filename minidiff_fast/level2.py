@@ -77,9 +77,7 @@ class Level2Batch:
         so that one CPU generator gives one stream on every device.
         """
         if k < 1:
-            raise InvalidArgument(
-                f"Level2Batch.draw: K, the samples per condition, must be at least 1, got {k}"
-            )
+            raise InvalidArgument(f"Level2Batch.draw: K, the samples per condition, must be at least 1, got {k}")
         if actions.dim() != 3:
             raise InvalidArgument(f"Level2Batch.draw: actions must be [B, T, A], got {list(actions.shape)}")
         device = actions.device if generator is None else generator.device
@@ -96,9 +94,7 @@ class Level2Batch:
     def chunk(self, start: int, stop: int) -> Level2Batch:
         """Samples ``start .. stop - 1`` of every condition; views, no copies."""
         weight = None if self.weight is None else self.weight[:, start:stop]
-        return replace(
-            self, timesteps=self.timesteps[:, start:stop], noise=self.noise[:, start:stop], weight=weight
-        )
+        return replace(self, timesteps=self.timesteps[:, start:stop], noise=self.noise[:, start:stop], weight=weight)
 
 
 class Objective(Protocol):
@@ -109,9 +105,7 @@ class Objective(Protocol):
     ) -> Tensor:
         """Times ``[B, K]``."""
 
-    def per_sample(
-        self, denoise: Callable[[Any, Tensor, Tensor], Tensor], cache: Any, batch: Level2Batch
-    ) -> Tensor:
+    def per_sample(self, denoise: Callable[[Any, Tensor, Tensor], Tensor], cache: Any, batch: Level2Batch) -> Tensor:
         """The loss of every sample, ``[B, K]`` float32, weights applied."""
 
 

@@ -86,9 +86,7 @@ def load() -> NativeLibrary | None:
     with _lock:
         first, _warned = not _warned, True
     if first:
-        warnings.warn(
-            f"minidiff_fast runs without its native CPU backend: {outcome}", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"minidiff_fast runs without its native CPU backend: {outcome}", RuntimeWarning, stacklevel=2)
     return None
 
 

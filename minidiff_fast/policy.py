@@ -52,7 +52,7 @@ class DiffusionPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.denoiser = denoiser
+        self.denoiser: Any = denoiser
         self.obs_normalizers = nn.ModuleDict(obs_normalizers)
         self.action_normalizer = action_normalizer
 
@@ -61,7 +61,8 @@ class DiffusionPolicy(nn.Module):
         missing = sorted(set(self.obs_normalizers) - set(obs))
         if missing:
             raise InvalidArgument(
-                f"DiffusionPolicy.encode: obs must hold {sorted(self.obs_normalizers)}, {missing} missing in {sorted(obs)}"
+                f"DiffusionPolicy.encode: obs must hold {sorted(self.obs_normalizers)}, "
+                f"{missing} missing in {sorted(obs)}"
             )
         normalised = {
             name: self.obs_normalizers[name](value) if name in self.obs_normalizers else value

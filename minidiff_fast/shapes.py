@@ -37,9 +37,7 @@ Layout = Literal["bk", "kb"]
 def check_layout(name: str, layout: str) -> None:
     """Raise :class:`InvalidArgument` unless ``layout`` is ``"bk"`` or ``"kb"``."""
     if layout not in get_args(Layout):
-        raise InvalidArgument(
-            f"{name}: layout must be 'bk' (row b*K + k) or 'kb' (row k*B + b), got {layout!r}"
-        )
+        raise InvalidArgument(f"{name}: layout must be 'bk' (row b*K + k) or 'kb' (row k*B + b), got {layout!r}")
 
 
 def samples_per_condition(name: str, rows: int, batch: int) -> int:
@@ -122,9 +120,7 @@ def check_shape(
     )
     if not fits:
         sizes = ", ".join(str(size) for size in expected)
-        raise InvalidArgument(
-            f"{function}: {argument} must be {letters} = [{sizes}], got {list(shape)} ({context})"
-        )
+        raise InvalidArgument(f"{function}: {argument} must be {letters} = [{sizes}], got {list(shape)} ({context})")
 
 
 def check_same(function: str, first: str, reference: Tensor, **others: Tensor | None) -> None:

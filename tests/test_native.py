@@ -59,8 +59,7 @@ def abi(version: int) -> str:
 @needs_compiler
 def test_a_good_library_is_loaded_once(library: Library) -> None:
     path = library(
-        abi(native.ABI_VERSION)
-        + r'const char* minidiff_fast_build_info(void) { return "{\"compiler\": \"tiny\"}"; }'
+        abi(native.ABI_VERSION) + r'const char* minidiff_fast_build_info(void) { return "{\"compiler\": \"tiny\"}"; }'
     )
     loaded = native.load()
     assert loaded is not None

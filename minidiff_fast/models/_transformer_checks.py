@@ -63,8 +63,7 @@ def check_like(argument: str, tensor: Tensor, parameter: Tensor) -> None:
     """Device and (outside autocast) dtype of an input are those of the parameters."""
     if tensor.device != parameter.device:
         raise InvalidArgument(
-            f"{NAME}: {argument} must be on the device of the parameters, {parameter.device}, "
-            f"got {tensor.device}"
+            f"{NAME}: {argument} must be on the device of the parameters, {parameter.device}, got {tensor.device}"
         )
     if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
         raise InvalidArgument(
@@ -100,9 +99,7 @@ def check_sample(
     check_shape(NAME, "sample", sample, ["B", "K", "T", input_dim], "[B, K, T, Da]", context)
     batch, samples, steps = sample.shape[:3]
     if not 1 <= steps <= horizon:
-        raise InvalidArgument(
-            f"{NAME}: sample must have 1 <= T <= horizon = {horizon}, got T = {steps} ({context})"
-        )
+        raise InvalidArgument(f"{NAME}: sample must have 1 <= T <= horizon = {horizon}, got T = {steps} ({context})")
     check_like("sample", sample, parameter)
     check_shape(NAME, "timestep", timestep, [batch, samples], "[B, K]", context)
     if timestep.device != sample.device:

@@ -136,9 +136,7 @@ class ImageEncoder(nn.Module):
         expected: list[int | str] = [*lead, *self.image_size, 3]
         check_shape("ImageEncoder", self.image_key, image, expected, "[B, To, H, W, 3]", "channels last")
         if image.dtype != torch.uint8:
-            raise InvalidArgument(
-                f"ImageEncoder: {self.image_key} must be uint8 in 0..255, got {image.dtype}"
-            )
+            raise InvalidArgument(f"ImageEncoder: {self.image_key} must be uint8 in 0..255, got {image.dtype}")
         crops = self.crop(image.flatten(0, 1))
         pixels = crops.permute(0, 3, 1, 2).to(self.pool.heatmap.weight.dtype) / 255.0  # [M, 3, h, w]
         features = self.backbone(pixels).last_hidden_state  # [M, 512, h / 32, w / 32]
@@ -211,6 +209,4 @@ def _low_dim(function: str, obs: Observation, entries: Mapping[str, int]) -> lis
 def _check_entries(function: str, entries: Mapping[str, int]) -> None:
     for name, channels in entries.items():
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise InvalidArgument(
-                f"{function}: entry {name!r} must have an int >= 1 channels, got {channels!r}"
-            )
+            raise InvalidArgument(f"{function}: entry {name!r} must have an int >= 1 channels, got {channels!r}")

@@ -170,9 +170,7 @@ class TransformerForDiffusion(nn.Module):
             if n_cond_layers > 0:
                 self.encoder = _transformer_encoder(n_cond_layers, layer_args)
             else:
-                self.encoder = nn.Sequential(
-                    nn.Linear(n_emb, 4 * n_emb), nn.Mish(), nn.Linear(4 * n_emb, n_emb)
-                )
+                self.encoder = nn.Sequential(nn.Linear(n_emb, 4 * n_emb), nn.Mish(), nn.Linear(4 * n_emb, n_emb))
             self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer_args), n_layer)
         self._register_masks(causal_attn)
         self.ln_f = nn.LayerNorm(n_emb)
@@ -207,9 +205,7 @@ class TransformerForDiffusion(nn.Module):
         if cond is not None and cond.shape[0] != rows:
             batch = cond.shape[0]
             samples_per_condition(checks.NAME, rows, batch)
-        out = self.denoise(
-            memory, split_samples(sample, batch, self.layout), split_samples(times, batch, self.layout)
-        )
+        out = self.denoise(memory, split_samples(sample, batch, self.layout), split_samples(times, batch, self.layout))
         return merge_samples(out, self.layout)
 
     def encode(
@@ -225,8 +221,7 @@ class TransformerForDiffusion(nn.Module):
         if not self.obs_as_cond:
             if cond is not None:
                 raise InvalidArgument(
-                    f"TransformerForDiffusion: cond must be None for a model with cond_dim = 0, "
-                    f"got {list(cond.shape)}"
+                    f"TransformerForDiffusion: cond must be None for a model with cond_dim = 0, got {list(cond.shape)}"
                 )
             return ConditionMemory((), (), ())
         cond = checks.check_cond(cond, self.cond_dim, self.n_obs_steps, self.pos_emb)

@@ -78,8 +78,7 @@ class MinMaxNormalizer(nn.Module):
         values = torch.as_tensor(data)
         if values.ndim == 0 or values.dtype == torch.bool or values.is_complex():
             raise InvalidArgument(
-                f"MinMaxNormalizer.fit: data must be real numbers [..., A], "
-                f"got {list(values.shape)} of {values.dtype}"
+                f"MinMaxNormalizer.fit: data must be real numbers [..., A], got {list(values.shape)} of {values.dtype}"
             )
         if values.numel() == 0:
             raise DataError(f"MinMaxNormalizer.fit: data is empty, got {list(values.shape)}")
@@ -87,9 +86,7 @@ class MinMaxNormalizer(nn.Module):
         finite = torch.isfinite(rows).all(dim=0)
         if not bool(finite.all()):
             bad = (~finite).nonzero().flatten().tolist()
-            raise DataError(
-                f"MinMaxNormalizer.fit: data holds NaN or infinity in channels {bad} of {len(finite)}"
-            )
+            raise DataError(f"MinMaxNormalizer.fit: data holds NaN or infinity in channels {bad} of {len(finite)}")
         return cls(rows.amin(dim=0), rows.amax(dim=0))
 
     @classmethod
@@ -145,9 +142,7 @@ class MinMaxNormalizer(nn.Module):
         center = torch.where(constant, self.minimum, self.minimum + extent / 2)
         return center, torch.where(constant, torch.ones_like(extent), extent / 2)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         lo, hi = state_dict.get(f"{prefix}minimum"), state_dict.get(f"{prefix}maximum")
         for key, value in (("minimum", lo), ("maximum", hi)):
             if value is not None and tuple(value.shape) != (self.channels,):

@@ -61,7 +61,7 @@ def choose_config(
     block_p = _tile(own_span, largest_n)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
-    num_warps = 8 if crowded or block_m * block_d >= 64 * 256 else 4
+    num_warps = 8 if crowded or block_m * block_d >= 64 * 256 or element_size * block_d >= 512 else 4
     return LaunchConfig(block_m, block_n, block_p, num_warps, 1 if hip else 2)
 
 
@@ -111,9 +111,7 @@ class _Problem:
         return min(self.samples, (block_m - 1) // (self.tokens * self.group) + 2) * self.own
 
     def config(self, kernel: str, q: Tensor, keys: int) -> LaunchConfig:
-        return choose_config(
-            kernel, self.rows, keys, self.own_span(64), self.block_d, q.element_size(), hip=HIP
-        )
+        return choose_config(kernel, self.rows, keys, self.own_span(64), self.block_d, q.element_size(), hip=HIP)
 
 
 def _problem(q: Tensor, k: Tensor, own_k: Tensor | None, dropout_p: float, scale: float) -> _Problem:
@@ -132,11 +130,7 @@ def _problem(q: Tensor, k: Tensor, own_k: Tensor | None, dropout_p: float, scale
         scale,
         q.dtype == torch.float32,
     )
-    if (
-        problem.rows >= 2**31
-        or samples * own >= 2**31
-        or batch * problem.kv_heads * -(-problem.rows // 16) >= 2**31
-    ):
+    if problem.rows >= 2**31 or samples * own >= 2**31 or batch * problem.kv_heads * -(-problem.rows // 16) >= 2**31:
         raise InvalidArgument(
             f"broadcast_attention: K * T * H / Hkv = {problem.rows} rows and K * P = {samples * own} own keys per "
             "condition and head must stay below 2^31; run K in chunks"
@@ -161,9 +155,7 @@ def _own_or(own: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]
     return (other, (0, 0, 0, 0, 0)) if own is None else (own, own.stride())
 
 
-def _flags(
-    problem: _Problem, lengths: Tensor | None, mask: Tensor | None, own_causal: bool
-) -> dict[str, object]:
+def _flags(problem: _Problem, lengths: Tensor | None, mask: Tensor | None, own_causal: bool) -> dict[str, object]:
     return {
         "HAS_LENGTHS": lengths is not None,
         "HAS_MASK": mask is not None,
@@ -194,7 +186,8 @@ def launch_forward(
     own_key, own_key_strides = _own_or(own_k, k)
     own_value, own_value_strides = _own_or(own_v, v)
     kernels._broadcast_attention_fwd_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
-        q, k, v, own_key, own_value, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q), out, lse, lse_correction,
+        q, k, v, own_key, own_value, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q),
+        out, lse, lse_correction,
         *q.stride(), *k.stride(), *v.stride(), *own_key_strides, *own_value_strides, *_mask_strides(mask),
         problem.samples, problem.tokens, problem.shared, problem.own, row_blocks,
         problem.logit_scale, problem.keep_scale, problem.dropout_threshold,
@@ -218,21 +211,16 @@ def launch_backward(
     """dq, dk, dv, down_k, down_v."""
     problem = _problem(q, k, own_k, dropout_p, scale)
     lengths = None if lengths is None else lengths.contiguous()
-    empty = (
-        torch.zeros if q.numel() == 0 else torch.empty
-    )  # without rows the kernels do not run: the gradients are 0
+    empty = torch.zeros if q.numel() == 0 else torch.empty  # without rows the kernels do not run: the gradients are 0
     dq = empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     down_k, down_v = (
-        q.new_empty(0) if x is None else empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (own_k, own_v)
+        q.new_empty(0) if x is None else empty(x.shape, dtype=x.dtype, device=x.device) for x in (own_k, own_v)
     )
     if q.numel() == 0:
         return dq, dk, dv, down_k, down_v
     delta = _launch_delta(problem, out, dout, dlse.contiguous())
-    _launch_dq(
-        problem, q, k, v, own_k, own_v, lengths, mask, seed, dout, lse, lse_correction, delta, dq, own_causal
-    )
+    _launch_dq(problem, q, k, v, own_k, own_v, lengths, mask, seed, dout, lse, lse_correction, delta, dq, own_causal)
     if k.numel() > 0:
         _launch_dkdv(
             problem,
@@ -285,15 +273,16 @@ def _launch_delta(problem: _Problem, out: Tensor, dout: Tensor, dlse: Tensor) ->
 
 def _launch_dq(
     problem: _Problem, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None,
-    lengths: Tensor | None, mask: Tensor | None, seed: Tensor | None, dout: Tensor, lse: Tensor, lse_correction: Tensor, delta: Tensor,
-    dq: Tensor, own_causal: bool,
+    lengths: Tensor | None, mask: Tensor | None, seed: Tensor | None,
+    dout: Tensor, lse: Tensor, lse_correction: Tensor, delta: Tensor, dq: Tensor, own_causal: bool,
 ) -> None:  # fmt: skip
     config = problem.config("dq", q, problem.shared)
     row_blocks = -(-problem.rows // config.block_m)
     own_key, own_key_strides = _own_or(own_k, k)
     own_value, own_value_strides = _own_or(own_v, v)
     kernels._broadcast_attention_bwd_dq_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
-        q, k, v, own_key, own_value, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q), dout, lse, lse_correction, delta, dq,
+        q, k, v, own_key, own_value, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q),
+        dout, lse, lse_correction, delta, dq,
         *q.stride(), *k.stride(), *v.stride(), *own_key_strides, *own_value_strides, *dout.stride(),
         *_mask_strides(mask),
         problem.samples, problem.tokens, problem.shared, problem.own, row_blocks,

@@ -27,9 +27,7 @@ class AttentionOutput(NamedTuple):
     """[B, K, T, H] float32 (float64 for float64 inputs), natural logarithm; -inf where a query sees no key."""
 
 
-def draw_dropout_seed(
-    device: torch.device | str | None = None, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_dropout_seed(device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
     """A fresh 64-bit dropout seed, ``[1]`` int64 on ``device``, from torch's generator; no host synchronisation."""
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device, generator=generator)
 
@@ -163,9 +161,7 @@ def broadcast_attention_reference(
     if dropout_p > 0.0:
         if seed is None:
             seed = draw_dropout_seed(q.device)
-        kept = _dropout_kept(
-            seed, dropout_p, (q.shape[0], samples, tokens, kv_heads, heads // kv_heads, s + p)
-        )
+        kept = _dropout_kept(seed, dropout_p, (q.shape[0], samples, tokens, kv_heads, heads // kv_heads, s + p))
         weights = weights * kept / (1.0 - dropout_p)
     weights = weights.to(q.dtype)
     out = torch.einsum("bkthgs,bshd->bkthgd", weights[..., :s], v)
@@ -210,9 +206,7 @@ def _explicit_mask(mask: Tensor, batch: int, tokens: int) -> Tensor:
 def _check_mask(mask: Tensor, q: Tensor, s: int, context: str) -> None:
     batch, tokens = q.shape[0], q.shape[2]
     if mask.dtype != torch.bool:
-        raise InvalidArgument(
-            f"{NAME}: mask must be boolean (True = may be seen), got {mask.dtype} ({context})"
-        )
+        raise InvalidArgument(f"{NAME}: mask must be boolean (True = may be seen), got {mask.dtype} ({context})")
     if mask.device != q.device:
         raise InvalidArgument(f"{NAME}: mask must be on the device of q, {q.device}, got {mask.device}")
     shape = tuple(mask.shape)
@@ -252,14 +246,10 @@ def _check(
         given, missing = ("own_k", "own_v") if own_v is None else ("own_v", "own_k")
         raise InvalidArgument(f"{NAME}: {given} came without {missing}; give both or neither")
     if own_k is not None and own_v is not None:
-        check_shape(
-            NAME, "own_k", own_k, [batch, samples, "P", kv_heads, width], "[B, K, P, Hkv, D]", context
-        )
+        check_shape(NAME, "own_k", own_k, [batch, samples, "P", kv_heads, width], "[B, K, P, Hkv, D]", context)
         check_shape(NAME, "own_v", own_v, list(own_k.shape), "[B, K, P, Hkv, D]", context)
         if own_causal and own_k.shape[2] != tokens:
-            raise InvalidArgument(
-                f"{NAME}: own_causal needs P = T = {tokens}, got P = {own_k.shape[2]} ({context})"
-            )
+            raise InvalidArgument(f"{NAME}: own_causal needs P = T = {tokens}, got P = {own_k.shape[2]} ({context})")
     elif own_causal:
         raise InvalidArgument(f"{NAME}: own_causal is about own tokens, and own_k is None")
     if lengths is not None:

@@ -176,9 +176,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     keys = {"format", "library", "task", "step", "policy", "train"}
     if not isinstance(values, dict) or not keys <= set(values):
-        raise CheckpointError(
-            f"{path}: is not the configuration of a checkpoint; it must hold {sorted(keys)}"
-        )
+        raise CheckpointError(f"{path}: is not the configuration of a checkpoint; it must hold {sorted(keys)}")
     if values["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: has format {values['format']}, written by minidiff_fast {values['library']}; this is "

@@ -99,18 +99,14 @@ class TrainConfig:
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
-                raise InvalidArgument(
-                    f"{_flag(name)}{meaning.get(name, '')} must be at least {least:g}, got {value}"
-                )
+                raise InvalidArgument(f"{_flag(name)}{meaning.get(name, '')} must be at least {least:g}, got {value}")
         for name in ("lr", "grad_clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
                 raise InvalidArgument(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
         choices = {"mixed_precision": ("no", "fp16", "bf16"), "device": ("auto", "cpu", "cuda")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InvalidArgument(
-                    f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+                raise InvalidArgument(f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not self.out.strip():
             raise InvalidArgument("--out must name a folder, got an empty string")
         # Read once here, so that a wrong text is an error before any work.
@@ -153,8 +149,25 @@ class TrainConfig:
 
 
 RESUMABLE = frozenset(
-    "out budget max_steps eval_every eval_episodes eval_seed checkpoint_every keep log log_every num_threads device "
-    "resume progress l2_chunk data policy".split()
+    [
+        "out",
+        "budget",
+        "max_steps",
+        "eval_every",
+        "eval_episodes",
+        "eval_seed",
+        "checkpoint_every",
+        "keep",
+        "log",
+        "log_every",
+        "num_threads",
+        "device",
+        "resume",
+        "progress",
+        "l2_chunk",
+        "data",
+        "policy",
+    ]
 )
 """What may differ when a run is resumed; the data and the policy are compared by what they are, not by name."""
 

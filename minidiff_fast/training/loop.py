@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minidiff_fast.errors import CheckpointError, InvalidArgument, MinidiffFastError, require
+from minidiff_fast.errors import CheckpointError, MinidiffFastError, RunFolderError, require
 from minidiff_fast.level2 import Level2Batch, Objective, level2_step
 from minidiff_fast.policy import DiffusionPolicy
 from minidiff_fast.tasks.pusht.data import WindowBatch
 from minidiff_fast.training import checkpoint
-from minidiff_fast.training.config import RESUMABLE, Interval, TrainConfig
-from minidiff_fast.training.metrics import MetricsFile
+from minidiff_fast.training.config import RESUMABLE, TrainConfig
+from minidiff_fast.training.metrics import RunLog
 from minidiff_fast.training.order import DataOrder
+from minidiff_fast.training.runtime import (
+    Abandoned,
+    Due,
+    Interrupted,
+    Signals,
+    build_accelerator,
+    determinism,
+    gather,
+    random_state,
+    seed_everything,
+    set_random_state,
+    threads,
+)
 
 _COSINE_STEPS = 1_000_000  # resolution of the cosine where it follows time instead of steps
 
@@ -151,15 +160,16 @@ class _Trainer:
         self.step, self.seconds, self.earlier_wall = 0, 0.0, 0.0
         self.best: float | None = None
         self.saved: Path | None = None
+        self.saved_step = -1
         self.loss = math.nan
         self.pending: list[tuple[Tensor, Tensor]] = []  # loss and gradient norm of steps not looked at yet
         if config.resume:
             self._resume()
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(self.run_folder, self.step) if self.accelerator.is_main_process else None
-        if config.trackers:
-            options = {**config.to_dict(), **config.policy.__dict__}
-            self.accelerator.init_trackers("pusht", {key: str(value) for key, value in options.items()})
+        try:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"--out {config.out}: cannot be written ({error.strerror})") from error
+        self.log = RunLog(config, self.accelerator, self.step)
         self.logged_step, self.logged_seconds = self.step, self.seconds
         self.began = time.perf_counter()
 
@@ -170,33 +180,32 @@ class _Trainer:
         evaluations = Due(config.interval("eval_every"), self.step, self.seconds)
         checkpoints = Due(config.interval("checkpoint_every"), self.step, self.seconds)
         try:
-            with self._bar() as bar:
-                while not self._finished():
-                    begun = time.perf_counter()
-                    self._train_step()
-                    if self.step % config.log_every == 0:
-                        self._flush(bar)
-                    self.seconds += time.perf_counter() - begun
-                    if self._agree(evaluations.due(self.step, self.seconds)) and self.evaluate is not None:
-                        self._score(bar)
-                    if self._agree(checkpoints.due(self.step, self.seconds)):
-                        self._save(bar)
-                    if on_step is not None:
-                        on_step(self.step)
-                    signals.check()
-                if self.evaluate is not None and evaluations.last != self.step and not evaluations.never:
-                    self._score(bar)
-                if self.saved is None or self.saved.name != f"step_{self.step:08d}":
-                    self._save(bar)
+            while not self._finished():
+                begun = time.perf_counter()
+                self._train_step()
+                if self.step % config.log_every == 0:
+                    self._flush()
+                self.seconds += time.perf_counter() - begun
+                if self._agree(evaluations.due(self.step, self.seconds)):
+                    self._score(signals)
+                if self._agree(checkpoints.due(self.step, self.seconds)):
+                    self._save()
+                if on_step is not None:
+                    on_step(self.step)
+                signals.check()
+            if not evaluations.never and evaluations.last != self.step:
+                self._score(signals)
+            if self.saved_step != self.step:
+                self._save()
+        except Abandoned:
+            raise
         except KeyboardInterrupt:
             # Between two steps, or in an evaluation that has put the weights back: the state is whole.
-            self._save(None)
+            self._save()
             assert self.saved is not None
             raise Interrupted(signals.received or signal.SIGINT, self.saved) from None
         assert self.saved is not None
-        return TrainResult(
-            self.run_folder, self.saved, self.step, self.seconds, self._wall(), self.loss, self.best
-        )
+        return TrainResult(self.run_folder, self.saved, self.step, self.seconds, self._wall(), self.loss, self.best)
 
     def _finished(self) -> bool:
         if self.config.max_steps is not None and self.step >= self.config.max_steps:
@@ -244,7 +253,7 @@ class _Trainer:
         spent = self._common(min(self.seconds / self.config.budget_seconds, 1.0))
         return self.factor(warmup + spent * _COSINE_STEPS)
 
-    def _flush(self, bar: Any) -> None:
+    def _flush(self) -> None:
         """Look at the losses since the last look, and log their mean."""
         if not self.pending:
             return
@@ -254,9 +263,10 @@ class _Trainer:
         bad = ~torch.isfinite(losses if self.accelerator.scaler is not None else losses + norms)
         if bool(bad.any()):
             place = int(bad.nonzero()[0, 0])
+            saved = "no checkpoint was written" if self.saved is None else f"the last checkpoint is {self.saved}"
             raise NonFiniteLoss(
                 f"step {self.step - len(self.pending) + place + 1}: the loss is {losses[place]:g} and the norm of "
-                f"the gradient {norms[place]:g}; {self._last_good()}; try a smaller --lr"
+                f"the gradient {norms[place]:g}; {saved}; try a smaller --lr"
             )
         self.pending.clear()
         self.loss = float(losses.mean())
@@ -264,49 +274,37 @@ class _Trainer:
         steps, seconds = self.step - self.logged_step, self.seconds - self.logged_seconds
         self.logged_step, self.logged_seconds = self.step, self.seconds
         conditions = steps * self.config.batch_size * self.world / seconds if seconds > 0.0 else 0.0
-        values = {
-            "loss": self.loss,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "conditions_per_second": conditions,
-            "samples_per_second": conditions * self.config.l2_batch,
-        }
-        self._record("train", values)
-        if bar is not None:
-            self._advance(bar)
-            bar.set_postfix_str(
-                f"loss {self.loss:.4f}, {conditions:.0f} conditions/s, "
-                f"{conditions * self.config.l2_batch:.0f} samples/s",
-                refresh=False,
-            )
+        self.log.train(
+            self._time(),
+            loss=self.loss,
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            grad_norm=norm if math.isfinite(norm) else None,
+            conditions_per_second=conditions,
+            samples_per_second=conditions * self.config.l2_batch,
+        )
 
-    def _score(self, bar: Any) -> None:
+    def _score(self, signals: Signals) -> None:
         """Evaluate the averaged weights; the time is part of the wall clock, not of the training time."""
-        self._flush(bar)
-        evaluate = self.evaluate
-        if self.accelerator.is_main_process and evaluate is not None:
+        if self.evaluate is None:
+            return
+        self._flush()
+        improved = False
+        if self.accelerator.is_main_process:
             begun = time.perf_counter()
-            with self._averaged():
-                result = evaluate(self.policy)
-            score = result.mean_score
-            values = {
-                "score": score,
-                "score_interval": list(result.mean_score_interval),
-                "success_rate": result.success_rate,
-                "episodes": result.episodes,
-                "eval_seconds": time.perf_counter() - begun,
-            }
-            self._record("eval", values)
-            if bar is not None:
-                low, high = result.mean_score_interval
-                bar.write(
-                    f"step {self.step}, {self.seconds:.0f} s of training: score {score:.3f} "
-                    f"[{low:.2f}, {high:.2f}] over {result.episodes} episodes"
-                )
-            if self.best is None or score > self.best:
-                self.best = score
-                self._save(bar, best=True)
-        self.accelerator.wait_for_everyone()
+            with self._averaged(), signals.immediate():
+                result = self.evaluate(self.policy)
+            self.log.evaluation(
+                self._time(),
+                score=result.mean_score,
+                score_interval=list(result.mean_score_interval),
+                success_rate=result.success_rate,
+                episodes=result.episodes,
+                eval_seconds=time.perf_counter() - begun,
+            )
+            improved = self.best is None or result.mean_score > self.best
+            self.best = result.mean_score if improved else self.best
+        if self._agree(improved):
+            self._save(best=True)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -322,10 +320,11 @@ class _Trainer:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _save(self, bar: Any, best: bool = False) -> None:
-        self._flush(bar)  # no checkpoint from a loss that is not finite
+    def _save(self, best: bool = False) -> None:
+        self._flush()  # no checkpoint from a loss that is not finite
         orders = gather(self.accelerator, self.order.state_dict())
         randoms = gather(self.accelerator, random_state())
+        self.saved_step = self.step
         if not self.accelerator.is_main_process:
             return
         shadow = self.ema.shadow_params
@@ -357,21 +356,23 @@ class _Trainer:
         found = checkpoint.find_checkpoint(self.run_folder)
         info = checkpoint.read_info(found)
         state = checkpoint.load_state(found)
-        mine = self.config.to_dict()
+        if info.policy.obs != self.config.policy.obs:
+            raise CheckpointError(f"{found}: was trained on --obs {info.policy.obs}, got {self.config.policy.obs}")
+        checkpoint.load_weights(self.policy, found / checkpoint.EMA)
+        averaged = [parameter.detach().clone() for parameter in self.all_parameters]
+        checkpoint.load_weights(self.policy, found / checkpoint.MODEL)
+        trained = {**info.train, **asdict(info.policy)}
+        mine = {**self.config.to_dict(), **asdict(self.config.policy)}
         for name, value in mine.items():
-            if name not in RESUMABLE and info.train.get(name) != value:
+            if name not in RESUMABLE and trained.get(name) != value:
                 raise CheckpointError(
-                    f"{found}: was trained with --{name.replace('_', '-')} {info.train.get(name)}, got {value}; "
+                    f"{found}: was trained with --{name.replace('_', '-')} {trained.get(name)}, got {value}; "
                     "resume with the options of the run, or start another with --out"
                 )
         try:
             if len(state["orders"]) != self.world:
-                raise CheckpointError(
-                    f"{found}: was trained by {len(state['orders'])} processes, got {self.world}"
-                )
-            checkpoint.load_weights(self.policy, found / checkpoint.EMA)
-            self.ema.load_state_dict({**state["ema"], "shadow_params": _copies(self.all_parameters)})
-            checkpoint.load_weights(self.policy, found / checkpoint.MODEL)
+                raise CheckpointError(f"{found}: was trained by {len(state['orders'])} processes, got {self.world}")
+            self.ema.load_state_dict({**state["ema"], "shadow_params": averaged})
             self.optimizer.load_state_dict(state["optimizer"])
             self.order.load_state_dict(state["orders"][self.rank])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -385,45 +386,15 @@ class _Trainer:
             raise CheckpointError(
                 f"{found / checkpoint.STATE}: does not fit this run ({str(error).splitlines()[0]})"
             ) from error
-        self.saved = found
+        self.saved, self.saved_step = found, self.step
 
-    def _last_good(self) -> str:
-        return "no checkpoint was written" if self.saved is None else f"the last checkpoint is {self.saved}"
-
-    # ------------------------------------------------------------------ log, time, processes
-
-    def _record(self, kind: str, values: dict[str, Any]) -> None:
-        if self.metrics is None:
-            return
-        self.metrics.write(
-            {"kind": kind, "step": self.step, "seconds": self.seconds, "wall": self._wall(), **values}
-        )
-        numbers = {
-            f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))
-        }
-        if self.config.trackers:
-            self.accelerator.log({**numbers, "time/training": self.seconds}, step=self.step)
+    # ------------------------------------------------------------------ time, processes
 
     def _wall(self) -> float:
         return self.earlier_wall + time.perf_counter() - self.began
 
-    def _bar(self) -> Any:
-        tqdm = require("tqdm", extra="train").tqdm
-        steps = self.config.max_steps
-        bar = tqdm(
-            total=steps if steps is not None else round(self.config.budget_seconds or 0.0),
-            unit=" steps" if steps is not None else " s",
-            desc="train",
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}, {postfix}]",
-            disable=not (self.config.progress and self.accelerator.is_main_process),
-        )
-        self._advance(bar)
-        return bar
-
-    def _advance(self, bar: Any) -> None:
-        done = self.step if self.config.max_steps is not None else round(self.seconds)
-        bar.update(min(done, bar.total) - bar.n)
+    def _time(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds, "wall": self._wall()}
 
     def _agree(self, decision: bool) -> bool:
         """The main process's decision, as clocks differ from process to process."""
@@ -438,10 +409,7 @@ class _Trainer:
 
     def close(self) -> None:
         """End the trackers and close the files."""
-        if self.config.trackers:
-            self.accelerator.end_training()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.log.close()
 
 
 def _parameter_groups(policy: DiffusionPolicy, weight_decay: float) -> list[dict[str, Any]]:
@@ -452,7 +420,3 @@ def _parameter_groups(policy: DiffusionPolicy, weight_decay: float) -> list[dict
     groups.append({"params": [p for p in encoder if p.ndim <= 1], "weight_decay": 0.0})
     trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     return [group for group in trainable if group["params"]]
-
-
-def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]

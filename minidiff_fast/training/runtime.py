@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import threading
@@ -30,7 +31,7 @@ class Due:
     """Says when an interval has passed, in steps or in training time."""
 
     def __init__(self, interval: Interval, step: int, seconds: float) -> None:
-        self.interval, self.last = interval, -1
+        self.interval, self.last = interval, -1  # step at which it was last due
         self.ticks = self._ticks(step, seconds)
 
     @property
@@ -50,12 +51,17 @@ class Due:
         return 0 if self.interval.seconds is None else int(seconds / self.interval.seconds)
 
 
+class Abandoned(KeyboardInterrupt):
+    """A second Ctrl-C: the run ends at once, in the middle of a step, and nothing is saved."""
+
+
 class Signals:
-    """Turns Ctrl-C and SIGTERM into a KeyboardInterrupt between two steps; a second Ctrl-C acts at once."""
+    """Turns Ctrl-C and SIGTERM into a KeyboardInterrupt between two steps; a second one acts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._immediate = False
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -69,33 +75,54 @@ class Signals:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise Abandoned
         self.received = signum
+        if self._immediate:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Inside, a signal acts at once: for what changes no state and takes long."""
+        self._immediate = True
+        try:
+            yield
+        finally:
+            self._immediate = False
 
     def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has come."""
         if self.received is not None:
             raise KeyboardInterrupt
 
 
-def build_accelerator(config: TrainConfig) -> Any:
-    accelerate = require("accelerate", extra="train")
-    for tracker in config.trackers:
-        require(tracker, extra="train")
+def choose_device(config: TrainConfig) -> torch.device:
+    """Where the run trains. Raises :class:`InvalidArgument` if that cannot be."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgument("--device cuda: torch sees no GPU here; use --device cpu")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.mixed_precision == "fp16" and on_cpu:
         raise InvalidArgument("--mixed-precision fp16 needs a GPU; on the CPU use bf16 or no")
-    # Accelerate keeps one state a process and refuses another configuration, as for two runs one after the other.
-    if accelerate.state.PartialState._shared_state and not accelerate.state.PartialState().use_distributed:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = accelerate.Accelerator(
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # set by accelerate launch and torchrun
+    return torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+
+
+def build_accelerator(config: TrainConfig) -> Any:
+    """The Accelerator of a run.
+
+    Accelerate keeps one state a process and refuses another configuration; two runs one after the other in one
+    process are fine here, as long as they are not distributed.
+    """
+    accelerate = require("accelerate", extra="train")
+    state = accelerate.state
+    if state.PartialState._shared_state and not state.PartialState().use_distributed:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+    folders = accelerate.utils.ProjectConfiguration(project_dir=config.out, logging_dir=f"{config.out}/logs")
+    return accelerate.Accelerator(
         mixed_precision=config.mixed_precision,
-        cpu=on_cpu,
+        cpu=choose_device(config).type == "cpu",
         log_with=list(config.trackers) or None,
-        project_dir=config.out,
+        project_config=folders,
     )
-    return accelerator
 
 
 def seed_everything(seed: int) -> None:

@@ -73,9 +73,7 @@ def tiny_case(bench: Modules, name: str):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize(
-    "peer", ["ours", "ours-reference", "repeat", "expand", "concat", "fold", "merge", "masked"]
-)
+@pytest.mark.parametrize("peer", ["ours", "ours-reference", "repeat", "expand", "concat", "fold", "merge", "masked"])
 def test_contestant_agrees_with_the_definition(bench: Modules, peer: str, name: str) -> None:
     """Output and every gradient; float64 where the contestant's kernel has it, so that the bound is tight."""
     case = tiny_case(bench, name)
@@ -93,9 +91,7 @@ def test_contestant_agrees_with_the_definition(bench: Modules, peer: str, name: 
     got = bench.verify.results(contestant.prepare(case, inputs), inputs)
     assert got.keys() == truth.tensors.keys() == {"out", *(f"d{leaf}" for leaf in inputs.leaves)}
     for tensor, exact in truth.tensors.items():
-        torch.testing.assert_close(
-            got[tensor], exact, rtol=1e-9, atol=1e-11, msg=lambda m, t=tensor: f"{t}: {m}"
-        )
+        torch.testing.assert_close(got[tensor], exact, rtol=1e-9, atol=1e-11, msg=lambda m, t=tensor: f"{t}: {m}")
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -145,9 +141,7 @@ def test_work_counts_visible_pairs_only(bench: Modules) -> None:
 
 
 @pytest.mark.parametrize("fault", ["output", "gradient", "nan"])
-def test_a_wrong_contestant_gets_no_number(
-    bench: Modules, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_a_wrong_contestant_gets_no_number(bench: Modules, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """One part in a thousand, a gradient of half its size, or NaN: refused, with figures."""
     peers = bench.peers.contestants(CPU)
 
@@ -162,21 +156,15 @@ def test_a_wrong_contestant_gets_no_number(
 
         return run
 
-    liar = bench.peers.Peer(
-        "ours-liar", "ours", "wrong", lambda *_: None, wrong, lambda *_: "liar", ours=True
-    )
+    liar = bench.peers.Peer("ours-liar", "ours", "wrong", lambda *_: None, wrong, lambda *_: "liar", ours=True)
     monkeypatch.setattr(bench.suite, "contestants", lambda device: [*peers, liar])
     settings = bench.suite.Settings(CPU, ("ours", "fold", "ours-liar"), repeats=3, warmup=0, seconds=5.0)
     runner = bench.suite.Bench(settings)
-    runner.ceilings["fp32"] = bench.timing.Ceilings(1e9, 1e9, None)
     cell = bench.suite.Cell(tiny_case(bench, "lengths"), 5, "fp32")
     result = runner.run(cell)
     record = result["contestants"]["ours-liar"]
     assert record["status"] == "refused" and "train_ms" not in record
-    assert (
-        "budget" in record["reason"]
-        and ("dq off by" if fault == "gradient" else "out off by") in record["reason"]
-    )
+    assert "budget" in record["reason"] and ("dq off by" if fault == "gradient" else "out off by") in record["reason"]
     assert bench.suite.ours_failed(result) == ["ours-liar"]
     assert len(result["contestants"]["fold"]["train_ms"]) == 3
     assert "refused: " in bench.suite.render(cell.key, result)
@@ -190,13 +178,10 @@ def test_a_contestant_that_breaks_is_a_row(bench: Modules, monkeypatch: pytest.M
     monkeypatch.setattr(bench.suite, "contestants", lambda device: [*bench.peers.contestants(device), peer])
     settings = bench.suite.Settings(CPU, ("fold", "bad"), repeats=1, warmup=0, seconds=1.0)
     runner = bench.suite.Bench(settings)
-    runner.ceilings["fp32"] = bench.timing.Ceilings(1e9, 1e9, None)
     cell = bench.suite.Cell(tiny_case(bench, "plain"), 5, "fp32")
     result = runner.run(cell)
     assert result["contestants"]["bad"]["status"] == "error"
-    assert "bad              bad            error: RuntimeError: no kernel" in bench.suite.render(
-        cell.key, result
-    )
+    assert "bad              bad            error: RuntimeError: no kernel" in bench.suite.render(cell.key, result)
     assert bench.suite.ours_failed(result) == [] and bench.suite.context_lost(result) is None
 
 
@@ -234,6 +219,16 @@ def test_saved_bytes_count_storages_once_and_inputs_apart(bench: Modules) -> Non
 
     memory = bench.timing.memory_of(run, inputs)
     assert (memory.saved, memory.saved_inputs, memory.peak) == (128, 32, None)
+
+
+def test_floor_is_the_larger_term_of_the_best_ceilings(bench: Modules) -> None:
+    loaded, idle = bench.timing.Ceilings(1e9, 4e9, None), bench.timing.Ceilings(2e9, 1e9, None)
+    best = loaded.best(idle)
+    assert (best.flops_per_second, best.bytes_per_second) == (2e9, 4e9) and loaded.best(None) is loaded
+    assert best.floor_ms(bench.cases.Work(flops=2e6, bytes=1e6, exponentials=1e9)) == pytest.approx(1.0)
+    assert best.floor_ms(bench.cases.Work(flops=0.0, bytes=8e6, exponentials=0.0)) == pytest.approx(2.0)
+    with_exponentials = bench.timing.Ceilings(2e9, 4e9, 1e9)
+    assert with_exponentials.floor_ms(bench.cases.Work(2e6, 1e6, 3e6)) == pytest.approx(3.0)
 
 
 def test_the_interpreter_is_never_timed(bench: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,9 +337,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "results").exists()
 
 
-def test_folders_that_cannot_be_used(
-    bench: Modules, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_cannot_be_used(bench: Modules, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file in the way, a used folder for --fresh, a JSON that is none: exit code 2, nothing touched."""
     file = tmp_path / "file"
     file.write_text("mine")
@@ -396,7 +389,5 @@ def test_gpu_script_refuses_a_machine_without_a_gpu(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 2 and not (tmp_path / "o").exists()
-    bad = subprocess.run(
-        ["bash", str(BENCH / "gpu.sh"), "--budget", "x"], capture_output=True, text=True, timeout=60
-    )
+    bad = subprocess.run(["bash", str(BENCH / "gpu.sh"), "--budget", "x"], capture_output=True, text=True, timeout=60)
     assert bad.returncode == 2 and "--budget must be" in bad.stderr

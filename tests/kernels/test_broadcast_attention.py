@@ -43,9 +43,7 @@ def evaluate(leaves, dtype, impl, dout, dlse, options) -> list[Tensor]:
 def check(B, K, T, S, P, H, Hkv, D, dtype=torch.float32, **options) -> None:
     leaves = leaves_of(B, K, T, S, P, H, Hkv, D, dtype)
     generator = torch.Generator().manual_seed(7)
-    dout = (
-        torch.randn(leaves[0].shape, generator=generator, dtype=torch.float64).to(dtype).double().to(DEVICE)
-    )
+    dout = torch.randn(leaves[0].shape, generator=generator, dtype=torch.float64).to(dtype).double().to(DEVICE)
     dlse = torch.randn(leaves[0].shape[:-1], generator=generator, dtype=torch.float64).to(DEVICE)
     exact = evaluate(leaves, torch.float64, "reference", dout, dlse, options)
     same = evaluate(leaves, dtype, "reference", dout, dlse, options)
@@ -208,9 +206,7 @@ def test_every_element_of_every_output_is_written(monkeypatch):
         return made.fill_(math.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda x, **kwargs: poisoned(x.shape, dtype=x.dtype, device=x.device)
-    )
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: poisoned(x.shape, dtype=x.dtype, device=x.device))
     leaves = leaves_of(2, 3, 5, 37, 3, 4, 2, 20, torch.float32)
     lengths = torch.tensor([5, 0], device=DEVICE)
     dout, dlse = torch.ones_like(leaves[0]), torch.ones_like(leaves[0][..., 0])

@@ -128,9 +128,7 @@ def test_backbone_is_resnet18_with_group_norm(encoder):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
     convolutions = sum(isinstance(m, nn.Conv2d) for m in encoder.backbone.modules())
     assert convolutions == 20
-    assert (
-        sum(p.numel() for p in encoder.backbone.parameters()) == 11_176_512
-    )  # ResNet-18 without its classifier
+    assert sum(p.numel() for p in encoder.backbone.parameters()) == 11_176_512  # ResNet-18 without its classifier
     assert not list(encoder.buffers())
 
 

@@ -97,9 +97,7 @@ class Oracle(nn.Module):
             return self.head(self.ln_f(self.encoder(x, mask=self.mask)[:, 1:]))
         memory = time if cond is None else torch.cat([time, self.cond_obs_emb(cond)], 1)
         memory = self.encoder(memory + self.cond_pos_emb[:, : memory.shape[1]])
-        x = self.decoder(
-            x + self.pos_emb[:, :steps], memory, tgt_mask=self.mask, memory_mask=self.memory_mask
-        )
+        x = self.decoder(x + self.pos_emb[:, :steps], memory, tgt_mask=self.mask, memory_mask=self.memory_mask)
         return self.head(self.ln_f(x))
 
 
@@ -134,9 +132,7 @@ def close(got: Tensor, want: Tensor) -> None:
 def test_state_dict_loads_strictly_in_both_directions(form):
     ours, oracle = make_pair(form)
     oracle.load_state_dict(ours.state_dict(), strict=True)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in oracle.state_dict().items()
-    }
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in oracle.state_dict().items()}
     fresh = TransformerForDiffusion(**BASE, **EVERY[form]).state_dict()
     for name in ("mask", "memory_mask"):
         if name in fresh:
@@ -331,15 +327,11 @@ def test_dropout_is_reproducible_and_differs_between_samples():
     close(evaluated[0], evaluated[1])
 
 
-@pytest.mark.parametrize(
-    "site", ["drop", "dropout", "dropout1", "dropout2", "dropout3", "self_attn", "multihead_attn"]
-)
+@pytest.mark.parametrize("site", ["drop", "dropout", "dropout1", "dropout2", "dropout3", "self_attn", "multihead_attn"])
 def test_each_dropout_acts_on_its_own(site):
     torch.manual_seed(0)
     sample, cond = torch.randn(2, HORIZON, DA), torch.randn(2, TO, DC)
-    model = TransformerForDiffusion(
-        **BASE, cond_dim=DC, p_drop_emb=0.0, p_drop_attn=0.0, impl="reference"
-    ).train()
+    model = TransformerForDiffusion(**BASE, cond_dim=DC, p_drop_emb=0.0, p_drop_attn=0.0, impl="reference").train()
     model.load_state_dict(make_pair("plain", torch.float32)[1].state_dict())
     assert torch.equal(model(sample, 5, cond), model(sample, 5, cond))
     for name, module in model.named_modules():

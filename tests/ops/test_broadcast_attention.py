@@ -88,12 +88,9 @@ def test_reference_is_attention_over_repeated_and_concatenated_tokens():
         return x.flatten(0, 1).transpose(1, 2)
 
     keys, values = (
-        torch.cat([shared[:, None].expand(-1, K, -1, -1, -1), own], dim=2)
-        for shared, own in ((k, own_k), (v, own_v))
+        torch.cat([shared[:, None].expand(-1, K, -1, -1, -1), own], dim=2) for shared, own in ((k, own_k), (v, own_v))
     )
-    expected = (
-        F.scaled_dot_product_attention(rows(q), rows(keys), rows(values)).transpose(1, 2).unflatten(0, (B, K))
-    )
+    expected = F.scaled_dot_product_attention(rows(q), rows(keys), rows(values)).transpose(1, 2).unflatten(0, (B, K))
     ours = broadcast_attention(q, k, v, own_k, own_v, impl="reference")
     torch.testing.assert_close(ours, expected)
     leaves = (q, k, v, own_k, own_v)
@@ -214,9 +211,7 @@ def saved_bytes(run, *leaves: Tensor) -> dict[int, int]:
 
 
 def condition_and_sample_bytes(K: int, impl: str) -> tuple[int, int]:
-    q, k, v, own_k, own_v = tensors(
-        B=2, K=K, T=3, S=40, P=1, H=4, Hkv=4, D=16, dtype=torch.float32, grad=True
-    )
+    q, k, v, own_k, own_v = tensors(B=2, K=K, T=3, S=40, P=1, H=4, Hkv=4, D=16, dtype=torch.float32, grad=True)
     saved = saved_bytes(lambda *x: broadcast_attention(*x, impl=impl), q, k, v, own_k, own_v)
     condition = {x.untyped_storage().data_ptr() for x in (k, v)}
     of_condition = sum(size for storage, size in saved.items() if storage in condition)

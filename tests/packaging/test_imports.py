@@ -85,7 +85,5 @@ def test_kernels_is_not_importable_under_another_name() -> None:
 
 
 def test_kernels_is_a_package_of_minidiff_fast(tmp_path: Path) -> None:
-    code = (
-        "import sys, minidiff_fast.kernels as k; print(k.__name__, {'triton', 'kernels'} & set(sys.modules))"
-    )
+    code = "import sys, minidiff_fast.kernels as k; print(k.__name__, {'triton', 'kernels'} & set(sys.modules))"
     assert output(code, tmp_path) == "minidiff_fast.kernels set()"

@@ -168,11 +168,7 @@ def test_the_core_imports_torch_numpy_and_einops_alone() -> None:
     for found in IMPORTS:
         part = part_of(module_name(found.path))
         top = found.module.split(".")[0]
-        if (
-            part in CORE
-            and not found.deferred
-            and top not in allowed | ({"triton"} if part == "kernels" else set())
-        ):
+        if part in CORE and not found.deferred and top not in allowed | ({"triton"} if part == "kernels" else set()):
             foreign.append(str(found))
     assert not foreign, "\n".join(foreign)
 
@@ -229,9 +225,7 @@ def test_the_package_has_no_room_that_nobody_planned() -> None:
 
 def test_tests_mirror_the_package() -> None:
     extra = {"bench", "compile", "kernels", "packaging", "peers"}
-    folders = {
-        path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/*.py")
-    }
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/*.py")}
     assert folders <= PACKAGES | extra, f"unplanned: {sorted(folders - PACKAGES - extra)}"
     assert not list((ROOT / "tests").rglob("__init__.py")), "an __init__.py puts the root on sys.path"
 

@@ -40,9 +40,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler 
 def build(kind: str, source: Path, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("build", reason="needs the extra dev")
     pytest.importorskip("scikit_build_core", reason="needs the extra dev")
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MINIDIFF_FAST_", "SKBUILD_", "PYTHONPATH"))
-    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MINIDIFF_FAST_", "SKBUILD_", "PYTHONPATH"))}
     return subprocess.run(
         [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source)],
         env={**kept, **variables},
@@ -136,9 +134,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
 
 
 @pytest.fixture(scope="session")
-def environment_without_compiler(
-    wheel_without_compiler: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Environment:
+def environment_without_compiler(wheel_without_compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return install(wheel_without_compiler, tmp_path_factory.mktemp("installed_pure") / "venv")
 
 
@@ -248,11 +244,14 @@ def test_an_editable_install_serves_the_sources(editable: Environment) -> None:
         "print(native.why_missing())\n"
         "found = importlib.util.find_spec('kernels')\n"
         "print(sys.path, found and found.origin)\n"
+        "import importlib.resources as resources\n"
+        "print(resources.files('minidiff_fast.tasks.pusht') / 'demonstrations.npz')\n"
     ).splitlines()
     wanted = ["kernels/arrived_later.py", "minidiff_fast/ops/arrived_later.py", "minidiff_fast/native.py"]
     assert out[0].split("|") == [str(clone / name) for name in wanted]
     assert out[1] == "None"
     assert str(clone) not in out[2], "the root on sys.path shadows the package named kernels"
+    assert out[3] == str(clone / "minidiff_fast" / "tasks" / "pusht" / "demonstrations.npz")
 
 
 def test_without_a_compiler_the_wheel_installs_and_says_what_is_missing(
@@ -276,9 +275,7 @@ def test_without_a_compiler_the_wheel_installs_and_says_what_is_missing(
 
 
 @pytest.mark.parametrize("variable", ["MINIDIFF_FAST_NATIVE", "MINIDIFF_FAST_CUDA"])
-def test_who_asks_for_the_native_part_gets_the_compilers_error(
-    source: Path, tmp_path: Path, variable: str
-) -> None:
+def test_who_asks_for_the_native_part_gets_the_compilers_error(source: Path, tmp_path: Path, variable: str) -> None:
     done = build("wheel", source, tmp_path / "out", **NO_COMPILER, **{variable: "ON"})
     assert done.returncode != 0
     assert "CMake Error" in done.stdout + done.stderr

@@ -59,9 +59,7 @@ def load_pusht(source: str | Path | None = None, *, images: bool = False) -> Pus
             return _build(read_npz(path, images=images), name)
         if path.suffix == ".zip":
             return _build(read_zarr(path, images=images), name)
-        raise DataError(
-            f"{name}: expected an .npz, a .zip or a folder, got a {path.suffix or 'suffix-less'} file"
-        )
+        raise DataError(f"{name}: expected an .npz, a .zip or a folder, got a {path.suffix or 'suffix-less'} file")
     repo_id = name.removeprefix("hf://")
     if name.startswith(("hf://", "lerobot/")) and repo_id.count("/") == 1:
         return _build_lerobot(download_dataset(repo_id, images=images), name, images)
@@ -274,9 +272,7 @@ class PushTWindows:
             return self._view(self.episodes), None
         total = len(self.episodes)
         if total < 2:
-            raise InvalidArgument(
-                f"PushTWindows.split: val_ratio = {val_ratio} needs 2 or more episodes, got {total}"
-            )
+            raise InvalidArgument(f"PushTWindows.split: val_ratio = {val_ratio} needs 2 or more episodes, got {total}")
         held = np.zeros(total, dtype=bool)
         count = min(max(1, round(total * val_ratio)), total - 1)
         held[np.random.default_rng(seed).choice(total, size=count, replace=False)] = True
@@ -294,15 +290,9 @@ class PushTWindows:
     def _set_episodes(self, episodes: np.ndarray) -> None:
         total = self.data.n_episodes
         known = episodes.ndim == 1 and episodes.size > 0 and episodes.dtype.kind in "iu"
-        if (
-            not known
-            or episodes.min() < 0
-            or episodes.max() >= total
-            or len(np.unique(episodes)) != len(episodes)
-        ):
+        if not known or episodes.min() < 0 or episodes.max() >= total or len(np.unique(episodes)) != len(episodes):
             raise InvalidArgument(
-                f"PushTWindows: episodes must be distinct integers in [0, {total}), "
-                f"got {str(episodes.tolist())[:80]}"
+                f"PushTWindows: episodes must be distinct integers in [0, {total}), got {str(episodes.tolist())[:80]}"
             )
         self.episodes = episodes.astype(np.int64)
         place = np.arange(self.horizon)
@@ -324,15 +314,11 @@ class PushTWindows:
 def _observation_steps(data: PushTData, obs: str) -> dict[str, Tensor]:
     """Each observation at every step. {name: [N, ...]}"""
     if obs not in get_args(ObservationKind):
-        raise InvalidArgument(
-            f"PushTWindows: obs must be one of {', '.join(get_args(ObservationKind))}, got {obs!r}"
-        )
+        raise InvalidArgument(f"PushTWindows: obs must be one of {', '.join(get_args(ObservationKind))}, got {obs!r}")
     agent = data.state[:, :2]
     if obs == "image":
         if data.image is None:
-            raise InvalidArgument(
-                "PushTWindows: obs='image' needs frames; load them: load_pusht(source, images=True)"
-            )
+            raise InvalidArgument("PushTWindows: obs='image' needs frames; load them: load_pusht(source, images=True)")
         return {"image": torch.from_numpy(data.image), "agent_pos": torch.from_numpy(agent.copy())}
     if not data.has_block:
         raise DataError(f"{data.source}: has no block pose, which obs={obs!r} needs; use obs='image'")

@@ -70,9 +70,7 @@ def run_episode(seed: int, max_steps: int = 300) -> DemoEpisode:
         coverage = max(coverage, float(info["coverage"]))
         if done:
             break
-    return DemoEpisode(
-        seed, np.array(states, dtype=np.float32), np.array(actions, dtype=np.float32), coverage
-    )
+    return DemoEpisode(seed, np.array(states, dtype=np.float32), np.array(actions, dtype=np.float32), coverage)
 
 
 def generate_demos(

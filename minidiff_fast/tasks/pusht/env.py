@@ -90,9 +90,7 @@ def keypoints_from_state(
     return (turned + array[..., None, 2:4]).astype(dtype)
 
 
-def _clip(
-    points: list[tuple[float, float]], axis: int, bound: float, sign: float
-) -> list[tuple[float, float]]:
+def _clip(points: list[tuple[float, float]], axis: int, bound: float, sign: float) -> list[tuple[float, float]]:
     """The part of a convex polygon with ``sign * (point[axis] - bound) >= 0`` (Sutherland and Hodgman)."""
     if not points:
         return points
@@ -190,8 +188,7 @@ class PushTEnv(StockPushTEnv):
         """
         if options:
             raise InvalidArgument(
-                f"PushTEnv.reset: options must be None, got {options!r}; "
-                "use set_state(state) for a recorded state"
+                f"PushTEnv.reset: options must be None, got {options!r}; use set_state(state) for a recorded state"
             )
         super().reset(seed=seed)
         self._last_action = None  # a marker of the last episode's action would be drawn otherwise
@@ -251,7 +248,7 @@ class PushTEnv(StockPushTEnv):
         x, y = float(target[0]), float(target[1])
         if not (math.isfinite(x) and math.isfinite(y)):
             raise InvalidArgument(f"PushTEnv.step: action must be finite, got {target}")
-        self._last_action = target
+        self._last_action = target  # type: ignore[assignment]
         self.advance(x, y)
         coverage = self._get_coverage()
         solved = coverage > self.success_threshold

@@ -170,9 +170,7 @@ def evaluate(
 class _Episode:
     """One environment, the observations its policy sees next, and its coverage so far."""
 
-    def __init__(
-        self, env: PushTEnv, seed: int, obs: str, n_obs_steps: int, max_steps: int, record_size: int
-    ) -> None:
+    def __init__(self, env: PushTEnv, seed: int, obs: str, n_obs_steps: int, max_steps: int, record_size: int) -> None:
         self.env, self.seed, self.max_steps, self.record_size = env, seed, max_steps, record_size
         self.with_image = obs == "image"
         self.frames: list[np.ndarray] = []
@@ -250,9 +248,7 @@ def _check_arguments(
     obs: str, episodes: int, seed: int, max_steps: int, n_obs_steps: int, record: int, record_size: int
 ) -> None:
     if obs not in get_args(ObservationKind):
-        raise InvalidArgument(
-            f"evaluate: obs must be one of {', '.join(get_args(ObservationKind))}, got {obs!r}"
-        )
+        raise InvalidArgument(f"evaluate: obs must be one of {', '.join(get_args(ObservationKind))}, got {obs!r}")
     least = {"episodes": 1, "seed": 0, "max_steps": 1, "n_obs_steps": 1, "record": 0, "record_size": 1}
     given = (episodes, seed, max_steps, n_obs_steps, record, record_size)
     for (name, low), value in zip(least.items(), given, strict=True):

@@ -1,9 +1,9 @@
 """A look-ahead expert for Push-T: the source of the demonstrations.
 
 The expert repeats: try straight pushes at fixed contact points of the T, each simulated on the real dynamics
-from a copy of the state; take the one that leads to the goal in the fewest steps, two pushes ahead; walk around the block to
-its start without touching it; push until the look-ahead says that stopping is better. Nothing is drawn at
-random, so an action is a function of the state and of the plan under way.
+from a copy of the state; take the one that leads to the goal in the fewest steps, as far as two pushes can
+tell; walk around the block to its start without touching it; push until the look-ahead says that stopping
+is better. Nothing is drawn at random, so an action is a function of the state and of the plan under way.
 """
 
 from __future__ import annotations
@@ -151,9 +151,7 @@ class Expert:
 
     def act(self, env: PushTEnv) -> NDArray[np.float32]:
         """The target for the next step of ``env``, pixels, [2]."""
-        for _ in range(
-            3
-        ):  # a push that is over, or a walk of no length, gives no target: go on with what follows
+        for _ in range(3):  # a push that is over, or a walk of no length, gives no target: go on with what follows
             if self._plan is None:
                 self._plan = self.plan(env)
                 self._progress, self._pushing, self._pushed = 0.0, False, 0
@@ -193,9 +191,7 @@ class Expert:
                     push.agent[0] - self.config.gap * push.direction[0],
                     push.agent[1] - self.config.gap * push.direction[1],
                 )
-                after = self._pushes(
-                    back, push.pose, (0.0,), set(), cutoff=min(lowest, push.score) - push.steps
-                )
+                after = self._pushes(back, push.pose, (0.0,), set(), cutoff=min(lowest, push.score) - push.steps)
                 follow = min((other.score for other in after), default=math.inf)
                 score = min(push.score, push.steps + follow)
             if score < lowest:
@@ -215,9 +211,7 @@ class Expert:
         bx, by, angle = pose
         cos, sin = math.cos(angle), math.sin(angle)
         ax, ay = agent[0] - bx, agent[1] - by
-        routes = _Routes(
-            (cos * ax + sin * ay, cos * ay - sin * ax), self._ring, (bx, by, cos, sin), self.config
-        )
+        routes = _Routes((cos * ax + sin * ay, cos * ay - sin * ax), self._ring, (bx, by, cos, sin), self.config)
         gap = self.config.gap
         found = []
         for index, ((cx, cy), (nx, ny)) in enumerate(self._contacts):
@@ -371,9 +365,7 @@ class Expert:
                     chosen, lowest = lead, error
         return chosen
 
-    def _after(
-        self, state: NDArray[np.float64], velocity: Point, plan: Push, lead: float, count: int
-    ) -> float:
+    def _after(self, state: NDArray[np.float64], velocity: Point, plan: Push, lead: float, count: int) -> float:
         """Pose error after ``count`` steps at ``lead`` and then turning back."""
         sim = self._sim
         sim.set_state(state, velocity)

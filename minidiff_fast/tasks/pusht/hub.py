@@ -39,9 +39,7 @@ def download_dataset(repo_id: str, *, images: bool) -> Path:
     try:
         return Path(hub.snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, httpx's and requests' classes
-        raise DataError(
-            f"{repo_id}: cannot be downloaded from the Hugging Face hub ({_first_line(error)})"
-        ) from error
+        raise DataError(f"{repo_id}: cannot be downloaded from the Hugging Face hub ({_first_line(error)})") from error
 
 
 def read_lerobot(folder: Path, *, images: bool, source: str) -> Arrays:
@@ -69,9 +67,7 @@ def read_lerobot(folder: Path, *, images: bool, source: str) -> Arrays:
             "pusht_cchi_v7_replay.zarr, or obs='image'"
         )
     if images and _IMAGE not in features:
-        raise DataError(
-            f"{source}: has no {_IMAGE}; use lerobot/pusht or pusht_cchi_v7_replay.zarr for obs='image'"
-        )
+        raise DataError(f"{source}: has no {_IMAGE}; use lerobot/pusht or pusht_cchi_v7_replay.zarr for obs='image'")
     columns = ["observation.state", "action", "episode_index", "frame_index"]
     columns += [_CORNERS] if has_corners else []
     in_parquet = images and features[_IMAGE].get("dtype") == "image"
@@ -146,14 +142,10 @@ def _read_info(folder: Path, source: str) -> dict[str, Any]:
             f"{source}: meta/info.json of LeRobot's layout cannot be read ({_first_line(error)})"
         ) from error
     if not isinstance(info, dict) or not isinstance(info.get("features"), dict):
-        raise DataError(
-            f"{source}: meta/info.json lists no features; LeRobot's layout of version 2 or 3 is expected"
-        )
+        raise DataError(f"{source}: meta/info.json lists no features; LeRobot's layout of version 2 or 3 is expected")
     missing = [name for name in ("observation.state", "action") if name not in info["features"]]
     if missing:
-        raise DataError(
-            f"{source}: lacks {', '.join(missing)}; its features are {', '.join(info['features'])}"
-        )
+        raise DataError(f"{source}: lacks {', '.join(missing)}; its features are {', '.join(info['features'])}")
     return info
 
 
@@ -176,9 +168,7 @@ def _read_table(folder: Path, columns: list[str], source: str) -> Any:
     try:
         table = arrow.concat_tables(tables, promote_options="permissive")
     except arrow.ArrowException as error:
-        raise DataError(
-            f"{source}: its parquet files differ in their columns ({_first_line(error)})"
-        ) from error
+        raise DataError(f"{source}: its parquet files differ in their columns ({_first_line(error)})") from error
     if table.num_rows == 0:
         raise DataError(f"{source}: holds no rows")
     return table
@@ -189,9 +179,7 @@ def _numbers(table: Any, name: str, width: int, source: str) -> np.ndarray:
     rows = [row if isinstance(row, list) else [row] for row in table.column(name).to_pylist()]
     bad = next((i for i, row in enumerate(rows) if len(row) != width or None in row), None)
     if bad is not None:
-        raise DataError(
-            f"{source}: {name} must hold {width} numbers a row, row {bad} is {str(rows[bad])[:80]}"
-        )
+        raise DataError(f"{source}: {name} must hold {width} numbers a row, row {bad} is {str(rows[bad])[:80]}")
     try:
         return np.array(rows, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -211,9 +199,7 @@ def _check_complete(
         )
     for key, count in (("total_frames", len(frame)), ("total_episodes", len(ends))):
         if info.get(key, count) != count:
-            raise DataError(
-                f"{source}: is incomplete: meta/info.json says {key} = {info[key]}, found {count}"
-            )
+            raise DataError(f"{source}: is incomplete: meta/info.json says {key} = {info[key]}, found {count}")
 
 
 def _codec(feature: dict[str, Any]) -> str:
@@ -228,9 +214,7 @@ def _decode_cells(cells: list[Any], source: str) -> np.ndarray:
         try:
             pixels = np.asarray(image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
         except (TypeError, KeyError, OSError, ValueError) as error:
-            raise DataError(
-                f"{source}: {_IMAGE} of row {row} does not decode ({_first_line(error)})"
-            ) from error
+            raise DataError(f"{source}: {_IMAGE} of row {row} does not decode ({_first_line(error)})") from error
         if pixels.shape != (96, 96, 3):
             raise DataError(f"{source}: {_IMAGE} must be 96 x 96, row {row} is {list(pixels.shape)}")
         frames[row] = pixels
@@ -265,9 +249,7 @@ def _decode_videos(folder: Path, ends: np.ndarray, codec: str, source: str) -> n
                 f"({_first_line(error)}); use lerobot/pusht_image or pusht_cchi_v7_replay.zarr"
             ) from error
         if per_episode and count - before != lengths[index]:
-            raise DataError(
-                f"{source}: {file.name} holds {count - before} frames, its episode {lengths[index]} rows"
-            )
+            raise DataError(f"{source}: {file.name} holds {count - before} frames, its episode {lengths[index]} rows")
     if count != total:
         raise DataError(f"{source}: the videos hold {count} frames, the tables {total} rows")
     return frames

@@ -63,8 +63,7 @@ class PushTData:
             image = np.asarray(self.image)
             if image.dtype != np.uint8 or image.shape[1:] != (96, 96, 3):
                 raise DataError(
-                    f"{self.source}: image must be uint8 [N, 96, 96, 3], "
-                    f"got {image.dtype} {list(image.shape)}"
+                    f"{self.source}: image must be uint8 [N, 96, 96, 3], got {image.dtype} {list(image.shape)}"
                 )
             values["image"] = image
         for name, value in values.items():
@@ -105,9 +104,7 @@ class PushTData:
         array = np.asarray(value)
         if array.dtype.kind not in "fiu" or array.ndim != 1 + len(tail) or array.shape[1:] != tail:
             shape = ", ".join(map(str, ("N", *tail)))
-            raise DataError(
-                f"{self.source}: {name} must be numbers [{shape}], got {array.dtype} {list(array.shape)}"
-            )
+            raise DataError(f"{self.source}: {name} must be numbers [{shape}], got {array.dtype} {list(array.shape)}")
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which is reported
             converted = np.ascontiguousarray(array, dtype=np.float32)
         return converted if converted.flags.writeable else converted.copy()
@@ -124,8 +121,7 @@ class PushTData:
         ends = np.asarray(self.episode_ends)
         if ends.dtype.kind not in "iu" or ends.ndim != 1 or ends.size == 0:
             raise DataError(
-                f"{self.source}: episode_ends must be integers [E] with E >= 1, "
-                f"got {ends.dtype} {list(ends.shape)}"
+                f"{self.source}: episode_ends must be integers [E] with E >= 1, got {ends.dtype} {list(ends.shape)}"
             )
         ends = ends.astype(np.int64)
         lengths = np.diff(ends, prepend=0)
@@ -136,9 +132,7 @@ class PushTData:
                 f"got {ends[index]} after {ends[index - 1] if index else 0} at episode {index}"
             )
         if ends[-1] != steps:
-            raise DataError(
-                f"{self.source}: the last of episode_ends is {ends[-1]} but there are {steps} steps"
-            )
+            raise DataError(f"{self.source}: the last of episode_ends is {ends[-1]} but there are {steps} steps")
         return ends
 
 
@@ -176,9 +170,7 @@ def _members(path: Path, *, required: tuple[str, ...], optional: tuple[str, ...]
         with opened as archive:
             missing = [key for key in required if key not in archive.files]
             if missing:
-                raise DataError(
-                    f"{path}: lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}"
-                )
+                raise DataError(f"{path}: lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}")
             for name in (*required, *optional):
                 if name in archive.files:
                     arrays[name] = archive[name]
@@ -216,8 +208,7 @@ def read_zarr(path: Path, *, images: bool) -> Arrays:
             group = zarr.open_group(store, mode="r", path=prefix)
         except Exception as error:  # the exception classes of zarr 2 and 3 share no base
             raise DataError(
-                f"{path}: zarr {zarr.__version__} cannot open it ({_first_line(error)}); "
-                "zarr format 3 needs zarr >= 3"
+                f"{path}: zarr {zarr.__version__} cannot open it ({_first_line(error)}); zarr format 3 needs zarr >= 3"
             ) from error
         arrays = {
             "state": _read_array(group, "data/state", path),
@@ -258,9 +249,7 @@ def _zip_root(path: Path) -> str:
         if (name == end or name.endswith("/" + end)) and not name.startswith("__MACOSX/")
     }
     if len(found) != 1:
-        raise DataError(
-            f"{path}: expected one zarr replay buffer (meta/episode_ends) in it, found {len(found)}"
-        )
+        raise DataError(f"{path}: expected one zarr replay buffer (meta/episode_ends) in it, found {len(found)}")
     return found.pop()
 
 
@@ -273,8 +262,7 @@ def _read_array(group: Any, name: str, path: Path, *, as_uint8: bool = False) ->
     stored, expected = array.nchunks_initialized, array.nchunks
     if stored != expected:
         raise DataError(
-            f"{path}: {name} is incomplete: {stored} of {expected} chunks are there; "
-            "copy or download the data again"
+            f"{path}: {name} is incomplete: {stored} of {expected} chunks are there; copy or download the data again"
         )
     try:
         if not as_uint8:
@@ -288,9 +276,7 @@ def _read_array(group: Any, name: str, path: Path, *, as_uint8: bool = False) ->
     except DataError:
         raise
     except Exception as error:  # every codec raises its own class on a damaged chunk
-        raise DataError(
-            f"{path}: {name} cannot be read, a chunk is damaged ({_first_line(error)})"
-        ) from error
+        raise DataError(f"{path}: {name} cannot be read, a chunk is damaged ({_first_line(error)})") from error
 
 
 def to_uint8(

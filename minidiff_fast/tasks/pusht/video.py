@@ -81,9 +81,7 @@ def contact_sheet(
         raise InvalidArgument(f"contact_sheet: path must end in .png, got {target.name!r}")
     if columns < 1:
         raise InvalidArgument(f"contact_sheet: columns must be >= 1, got {columns}")
-    names = (
-        [f"episode {index}" for index in range(len(frames_per_episode))] if labels is None else list(labels)
-    )
+    names = [f"episode {index}" for index in range(len(frames_per_episode))] if labels is None else list(labels)
     if not len(frames_per_episode) == len(scores) == len(names) or not names:
         raise InvalidArgument(
             "contact_sheet: frames_per_episode, scores and labels must have one equal length >= 1, "
@@ -132,8 +130,7 @@ def _checked_frames(frames: np.ndarray | Sequence[np.ndarray], function: str, na
         raise InvalidArgument(f"{function}: {name} must all be of one size ({error})") from error
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
         raise InvalidArgument(
-            f"{function}: {name} must be uint8 [T, H, W, 3] with no empty axis, "
-            f"got {video.dtype} {list(video.shape)}"
+            f"{function}: {name} must be uint8 [T, H, W, 3] with no empty axis, got {video.dtype} {list(video.shape)}"
         )
     return video
 

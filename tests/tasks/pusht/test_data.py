@@ -195,9 +195,7 @@ def test_overflow_to_float32_is_reported() -> None:
 # --- zarr --------------------------------------------------------------------------------------------------
 
 
-def save_zarr(
-    folder: Path, arrays: dict[str, np.ndarray], zarr_format: int, frames: np.ndarray | None = None
-) -> Path:
+def save_zarr(folder: Path, arrays: dict[str, np.ndarray], zarr_format: int, frames: np.ndarray | None = None) -> Path:
     zarr = pytest.importorskip("zarr", minversion="3.0")
     root = zarr.open_group(str(folder), mode="w", zarr_format=zarr_format)
     for name, value in arrays.items():
@@ -239,9 +237,7 @@ def chunk_files(array: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize(
-    "name", ["data/state", "data/action", "data/keypoint", "data/img", "meta/episode_ends"]
-)
+@pytest.mark.parametrize("name", ["data/state", "data/action", "data/keypoint", "data/img", "meta/episode_ends"])
 def test_zarr_with_a_missing_chunk(tmp_path: Path, zarr_format: int, name: str) -> None:
     folder = save_zarr(tmp_path / "d.zarr", make_arrays(), zarr_format, make_frames(60))
     chunk_files(folder / name)[-1].unlink()
@@ -584,9 +580,7 @@ def slow_windows(data: PushTData, horizon: int, before: int, after: int) -> list
     return windows
 
 
-@pytest.mark.parametrize(
-    ("horizon", "to", "ta"), [(16, 2, 8), (16, 1, 1), (8, 3, 6), (1, 1, 1), (5, 2, 2), (7, 5, 3)]
-)
+@pytest.mark.parametrize(("horizon", "to", "ta"), [(16, 2, 8), (16, 1, 1), (8, 3, 6), (1, 1, 1), (5, 2, 2), (7, 5, 3)])
 def test_windows_against_a_slow_loop(horizon: int, to: int, ta: int) -> None:
     data = make_data()
     windows = PushTWindows(data, "keypoints", horizon, to, ta)
@@ -721,9 +715,9 @@ def test_human_demonstrations() -> None:
     assert normalizers.action.minimum.tolist() == [12.0, 25.0]
     assert normalizers.action.maximum.tolist() == [511.0, 511.0]
     # Recorded and computed keypoints are the same observation.
-    computed = PushTWindows(
-        PushTData(data.state, data.action, data.episode_ends, source="human"), "keypoints"
-    ).batch(range(0, len(windows), 50))["obs"]["keypoints"]
+    computed = PushTWindows(PushTData(data.state, data.action, data.episode_ends, source="human"), "keypoints").batch(
+        range(0, len(windows), 50)
+    )["obs"]["keypoints"]
     recorded = windows.batch(range(0, len(windows), 50))["obs"]["keypoints"]
     assert (computed - recorded).abs().max() < 3.0
     assert (computed - recorded).abs().median() < 1e-3

@@ -152,9 +152,7 @@ def test_keypoints_turn_with_the_block() -> None:
 def test_keypoints_lie_on_the_block() -> None:
     slack = 3.0  # some lie up to 3 px outside
     for x, y in KEYPOINTS_LOCAL:
-        assert any(
-            x0 - slack <= x <= x1 + slack and y0 - slack <= y <= y1 + slack for x0, y0, x1, y1 in BLOCK_PARTS
-        )
+        assert any(x0 - slack <= x <= x1 + slack and y0 - slack <= y <= y1 + slack for x0, y0, x1, y1 in BLOCK_PARTS)
 
 
 def test_block_center_is_the_centre_of_gravity() -> None:
@@ -163,9 +161,7 @@ def test_block_center_is_the_centre_of_gravity() -> None:
     assert tuple(env.block.center_of_gravity) == BLOCK_CENTER
 
 
-@pytest.mark.skipif(
-    "MINIDIFF_FAST_PUSHT_HUMAN" not in os.environ, reason="MINIDIFF_FAST_PUSHT_HUMAN is not set"
-)
+@pytest.mark.skipif("MINIDIFF_FAST_PUSHT_HUMAN" not in os.environ, reason="MINIDIFF_FAST_PUSHT_HUMAN is not set")
 def test_keypoints_are_those_of_the_human_demonstrations() -> None:
     with np.load(os.environ["MINIDIFF_FAST_PUSHT_HUMAN"]) as data:
         error = np.abs(keypoints_from_state(data["state"].astype(np.float64)) - data["keypoint"])

@@ -267,9 +267,7 @@ def test_bootstrap_interval() -> None:
     values = np.random.default_rng(3).uniform(0, 1, 200)
     low, high = bootstrap_interval(values)
     spread = 1.96 * values.std() / np.sqrt(200)
-    assert (low, high) == pytest.approx(
-        (values.mean() - spread, values.mean() + spread), abs=0.05 * spread + 1e-3
-    )
+    assert (low, high) == pytest.approx((values.mean() - spread, values.mean() + spread), abs=0.05 * spread + 1e-3)
     assert bootstrap_interval(values) == (low, high)
     assert bootstrap_interval(np.full(4, 0.5)) == (0.5, 0.5)
     with pytest.raises(InvalidArgument, match="n >= 1"):

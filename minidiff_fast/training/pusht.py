@@ -1,0 +1,158 @@
+"""Training and evaluating on Push-T: every check first, then the loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from minidiff_fast.errors import CheckpointError, RunFolderError, require
+from minidiff_fast.tasks.pusht.policy import (
+    PolicyConfig,
+    PushTActor,
+    build_policy,
+    build_process,
+    build_scheduler,
+)
+from minidiff_fast.training import checkpoint
+from minidiff_fast.training.config import Interval, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from minidiff_fast.policy import DiffusionPolicy
+    from minidiff_fast.tasks.pusht.evaluation import EvaluationResult
+    from minidiff_fast.training.loop import TrainResult
+
+
+def train_pusht(config: TrainConfig, *, on_step: Callable[[int], None] | None = None) -> TrainResult:
+    """Train a Push-T policy as ``config`` says; see :func:`minidiff_fast.training.loop.train`.
+
+    Raises:
+        RunFolderError: the run folder cannot be written, or holds something and ``resume`` is False.
+        CheckpointError: ``resume``, and there is no checkpoint or it does not fit.
+        DataError: the demonstrations are missing, damaged, or hold NaN.
+        MissingDependency: a package is not installed.
+    """
+    check_run_folder(Path(config.out), resume=config.resume)
+    for module in ("diffusers", "accelerate", "tqdm", "safetensors", *config.trackers):
+        require(module, extra="train")
+    evaluates = config.interval("eval_every") != Interval(None, None)
+    if evaluates:
+        require("gym_pusht", extra="pusht")
+    if config.resume:
+        check_observation(checkpoint.find_checkpoint(config.out), config.policy.obs)
+
+    from minidiff_fast.objectives.imitation import DenoisingLoss
+    from minidiff_fast.tasks.pusht.data import PushTWindows, load_pusht
+    from minidiff_fast.training import loop, runtime
+
+    shapes = config.policy
+    device = runtime.choose_device(config)
+    data = load_pusht(config.data, images=shapes.obs == "image")
+    windows = PushTWindows(data, shapes.obs, shapes.horizon, shapes.n_obs_steps, shapes.n_action_steps)
+    normalizers = windows.normalizers()
+    runtime.seed_everything(config.seed)
+    policy = build_policy(shapes, normalizers.obs, normalizers.action)
+
+    def score(trained: DiffusionPolicy) -> EvaluationResult:
+        return evaluate_policy(trained, shapes, episodes=config.eval_episodes, seed=config.eval_seed, device=device)
+
+    return loop.train(
+        config,
+        policy,
+        DenoisingLoss(build_process(shapes)),
+        windows.to(device),
+        evaluate=score if evaluates else None,
+        on_step=on_step,
+    )
+
+
+def evaluate_policy(
+    policy: DiffusionPolicy,
+    config: PolicyConfig,
+    *,
+    episodes: int = 50,
+    seed: int = 100_000,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    record: int = 0,
+    max_steps: int = 300,
+) -> EvaluationResult:
+    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples."""
+    from minidiff_fast.tasks.pusht.evaluation import evaluate
+
+    actor = PushTActor(policy, build_scheduler(config), config, device, seed)
+    return evaluate(
+        actor,
+        obs=config.obs,
+        episodes=episodes,
+        seed=seed,
+        max_steps=max_steps,
+        n_obs_steps=config.n_obs_steps,
+        progress=progress,
+        record=record,
+    )
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    *,
+    which: Literal["last", "best"] = "last",
+    weights: Literal["ema", "model"] = "ema",
+    obs: str | None = None,
+    num_inference_steps: int | None = None,
+    episodes: int = 50,
+    seed: int = 100_000,
+    device: str = "cpu",
+    progress: bool = False,
+    record: int = 0,
+    max_steps: int = 300,
+) -> EvaluationResult:
+    """Evaluate the policy of a checkpoint or run folder.
+
+    Args:
+        path, which, weights: see :func:`minidiff_fast.training.checkpoint.load_policy`.
+        obs: what it must have been trained on; None takes what comes.
+        num_inference_steps: denoising steps in place of those of the checkpoint's configuration.
+        episodes, seed, progress, record, max_steps: see :func:`minidiff_fast.tasks.pusht.evaluation.evaluate`.
+        device: where to run the policy.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of another observation kind.
+    """
+    if obs is not None:
+        check_observation(checkpoint.find_checkpoint(path, which), obs)
+    policy, info = checkpoint.load_policy(path, which=which, weights=weights, device=device)
+    steps = num_inference_steps
+    config = info.policy if steps is None else replace(info.policy, num_inference_steps=steps)
+    return evaluate_policy(
+        policy, config, episodes=episodes, seed=seed, device=device, progress=progress, record=record,
+        max_steps=max_steps,
+    )  # fmt: skip
+
+
+def check_observation(found: Path, obs: str) -> None:
+    """Raise :class:`CheckpointError` if the checkpoint was trained on another observation kind."""
+    trained = checkpoint.read_info(found).policy.obs
+    if trained != obs:
+        raise CheckpointError(f"{found}: was trained on --obs {trained}, got --obs {obs}")
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> None:
+    """Raise :class:`RunFolderError` unless a run can be written there without overwriting anything; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"--out {folder}: is a file, a folder is expected")
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunFolderError(f"--out {folder}: cannot be written (no folder can be made in {nearest})")
+    if resume:
+        checkpoint.find_checkpoint(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise RunFolderError(
+            f"--out {folder}: is not empty and nothing is overwritten; name another folder, or --resume the run"
+        )
