@@ -1,7 +1,7 @@
 """The command ``minidiff-fast``: train, eval, demos, demo, report, doctor.
 
-Everything heavy is imported by the command that needs it. A :class:`~minidiff_fast.errors.MinidiffFastError` becomes
-one line on stderr and exit code 2; Ctrl-C saves a checkpoint and exits with 130.
+Everything heavy is imported by the command that needs it. A :class:`~minidiff_fast.errors.MinidiffFastError`
+becomes one line on stderr and exit code 2; Ctrl-C saves a checkpoint and exits with 130.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EvalConfig:
     seed: int = 100_000
     """Seed of the first start."""
     which: Literal["last", "best"] = "last"
-    """Which checkpoint of a run folder. best was chosen by the evaluations during training, on other starts."""
+    """Of a run folder. best was chosen by the evaluations during training, on other starts."""
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights, or those of the last step."""
     obs: Literal["state", "keypoints", "image"] | None = None
@@ -82,7 +82,7 @@ class DemosConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train on the demonstrations of the package, evaluate on 50 unseen starts, write a report and a video."""
+    """Train on the demonstrations of the package, evaluate on unseen starts, write report and video."""
 
     out: str = "runs/demo"
     """Run folder; must be empty or not exist."""
@@ -122,7 +122,7 @@ two-level minibatching for diffusion policies
   train pusht     train a policy: --data, --obs, --l2-batch K, --batch-size B, --budget 20m, --out, --resume
   eval pusht      evaluate a checkpoint on unseen starts: --checkpoint, --episodes, --seed, --video
   demos pusht     make demonstrations with the scripted expert: --episodes, --seed, --out, --workers
-  demo            train on the demonstrations of the package, evaluate, write report and video: --out, --budget
+  demo            train on the demonstrations of the package, evaluate, report, video: --out, --budget
   report          report.md and report.png of a run folder; several run folders: compare their scores
   doctor          versions, devices, and which implementation of each operation runs here
   --version
@@ -302,7 +302,7 @@ def run_report(config: ReportConfig) -> int:
 
 
 def doctor_lines() -> list[str]:
-    """What is installed, which devices there are, and per operation which implementation runs and why not another."""
+    """Versions, devices, and per operation which implementation runs and why the others do not."""
     import importlib
     import pkgutil
     import platform
@@ -340,8 +340,9 @@ def doctor_lines() -> list[str]:
 
 
 _PACKAGES = (
-    "torch", "triton", "numpy", "einops", "diffusers", "accelerate", "tyro", "tqdm", "safetensors", "tensorboard",
-    "matplotlib", "gymnasium", "gym-pusht", "pymunk", "zarr", "imageio-ffmpeg", "transformers", "flash-attn",
+    "torch", "triton", "numpy", "einops", "diffusers", "accelerate", "tyro", "tqdm", "safetensors",
+    "tensorboard", "matplotlib", "gymnasium", "gym-pusht", "pymunk", "zarr", "imageio-ffmpeg",
+    "transformers", "flash-attn",
 )  # fmt: skip
 
 

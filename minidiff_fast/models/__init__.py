@@ -1,11 +1,12 @@
 """Denoisers and observation encoders: the trainable parts of a policy.
 
-``TransformerForDiffusion`` is a drop-in for diffusion_policy's module of that name; ``LowDimEncoder`` and
-``ImageEncoder`` make its condition tokens.
+``TransformerForDiffusion`` is a drop-in for diffusion_policy's module of that name, ``DiffusionMLP`` the cheap one for
+low-dimensional observations; ``LowDimEncoder`` and ``ImageEncoder`` make the condition tokens of both.
 """
 
 from __future__ import annotations
 
+from minidiff_fast.models.diffusion_mlp import ConditionFeatures, DiffusionMLP
 from minidiff_fast.models.observation_encoders import ImageEncoder, LowDimEncoder, SpatialSoftmax
 from minidiff_fast.models.transformer_for_diffusion import (
     ConditionMemory,
@@ -14,7 +15,9 @@ from minidiff_fast.models.transformer_for_diffusion import (
 )
 
 __all__ = [
+    "ConditionFeatures",
     "ConditionMemory",
+    "DiffusionMLP",
     "ImageEncoder",
     "LowDimEncoder",
     "SpatialSoftmax",

@@ -61,7 +61,7 @@ def choose_config(
     block_p = _tile(own_span, largest_n)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
-    num_warps = 8 if crowded or block_m * block_d >= 64 * 256 or element_size * block_d >= 512 else 4
+    num_warps = 8 if crowded or block_m * block_d >= 64 * 256 or (element_size == 4 and block_d >= 64) else 4
     return LaunchConfig(block_m, block_n, block_p, num_warps, 1 if hip else 2)
 
 

@@ -7,9 +7,9 @@ A run folder holds ``checkpoints/step_00001000/`` with
 * ``config.json``        format, version of the library, step, the policy's and the run's configuration,
 * ``state.pt``           optimiser, averaging, data order, random generators: what resuming needs,
 
-and the files ``checkpoints/last`` and ``checkpoints/best`` with a folder's name in each. A checkpoint is written under
-a temporary name, synchronised to disk and moved; then ``last`` is replaced. Nothing is unpickled: ``state.pt`` is
-read with ``weights_only=True``.
+and the files ``checkpoints/last`` and ``checkpoints/best`` with a folder's name in each. A checkpoint is
+written under a temporary name, synchronised to disk and moved; then ``last`` is replaced. Nothing is
+unpickled: ``state.pt`` is read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minidiff_fast._version import __version__
-from minidiff_fast.errors import CheckpointError, InvalidArgument, RunFolderError, require
-from minidiff_fast.tasks.pusht.policy import LOW_DIM_ENTRIES, PolicyConfig, build_policy
+from minidiff_fast.errors import CheckpointError, RunFolderError, require
+from minidiff_fast.tasks.pusht.policy import LOW_DIM_ENTRIES, InvalidOption, PolicyConfig, build_policy
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,8 @@ class CheckpointStore:
         self._point("best", f"step_{step:08d}")
 
     def _move(self, temporary: Path, target: Path) -> None:
-        # A checkpoint of this step can be there when a run died before `last` named it and was resumed from before.
+        # A checkpoint of this step can be there when a run died before `last` named it and was resumed from
+        # before.
         stale = self.root / f".{target.name}.{os.getpid()}.stale"
         if target.exists():
             os.replace(target, stale)
@@ -186,7 +187,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path}: is a policy for {values['task']!r}, expected 'pusht'")
     try:
         policy = PolicyConfig.from_dict(values["policy"])
-    except (InvalidArgument, TypeError) as error:
+    except (InvalidOption, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return CheckpointInfo(checkpoint, int(values["step"]), values["task"], policy, values["train"])
 

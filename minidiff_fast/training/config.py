@@ -7,8 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.tasks.pusht.policy import PolicyConfig
+from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig
 
 DEFAULT_BUDGET = "20m"
 """Training time of a run that names neither a budget nor a number of steps."""
@@ -30,16 +29,17 @@ class Interval(NamedTuple):
 class TrainConfig:
     """One training run.
 
-    With ``max_steps`` the learning rate is a function of the step, and a run is reproducible to the last bit: same
-    options, CPU, number of threads and library versions, same losses, with an interruption and ``resume`` or
-    without. With ``budget`` alone the learning rate follows the share of the time that is spent; then the order of
-    the data, the noise and the initial weights are reproducible, and the losses are not to the last bit.
+    With ``max_steps`` the learning rate is a function of the step, and a run is reproducible to the last
+    bit: same options, CPU, number of threads and library versions, same losses, with an interruption and
+    ``resume`` or without. With ``budget`` alone the learning rate follows the share of the time that is
+    spent; then the order of the data, the noise and the initial weights are reproducible, and the losses are
+    not to the last bit.
     """
 
     out: str = "runs/pusht"
     """Run folder: checkpoints, metrics.jsonl, logs. It must be empty or not exist, unless --resume."""
     data: str | None = None
-    """Demonstrations: .npz, zarr folder or zip, LeRobot folder, lerobot/<name>. None: those of the package."""
+    """.npz, zarr folder or .zip, LeRobot folder, lerobot/<name>. None: the package's demonstrations."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy's shapes."""
     batch_size: int = 32
@@ -49,7 +49,7 @@ class TrainConfig:
     l2_chunk: int | None = None
     """Samples per condition that run at once; less needs less memory. None: all K."""
     budget: str | None = None
-    """Training time such as 90s, 5m or 1h, without evaluations and checkpoints. 20m if --max-steps is not given."""
+    """Training time (90s, 5m, 1h) without evaluations and checkpoints. 20m if --max-steps is not given."""
     max_steps: int | None = None
     """Optimiser steps; the learning rate then depends on the step alone, see above."""
     seed: int = 0
@@ -67,17 +67,17 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of matrix products; fp16 needs a GPU."""
     eval_every: str = "auto"
-    """Evaluate the averaged weights every so often: 500 (steps), 2m (training time), none. auto: 5 times a run."""
+    """How often to evaluate: 500 (steps), 2m (training time), none; auto is 5 times a run."""
     eval_episodes: int = 20
     """Episodes of these evaluations."""
     eval_seed: int = 200_000
     """First start of these evaluations, other starts than the 100000.. on which results are reported."""
     checkpoint_every: str = "2m"
-    """Write a checkpoint every so often: 500 (steps), 2m (training time), none. One is written at the end, too."""
+    """How often to write a checkpoint: 500 (steps), 2m (training time), none; always at the end."""
     keep: int = 2
     """Checkpoints to keep, beside the best."""
     log: str = "tensorboard"
-    """Trackers, separated by commas: tensorboard, wandb, trackio; or none. metrics.jsonl is always written."""
+    """Trackers: some of tensorboard,wandb,trackio, or none. metrics.jsonl is always written."""
     log_every: int = 10
     """Steps between two entries of the log; the loss is their mean."""
     num_threads: int | None = None
@@ -99,16 +99,16 @@ class TrainConfig:
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
-                raise InvalidArgument(f"{_flag(name)}{meaning.get(name, '')} must be at least {least:g}, got {value}")
+                raise InvalidOption(f"{_flag(name)}{meaning.get(name, '')} must be at least {least:g}, got {value}")
         for name in ("lr", "grad_clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
-                raise InvalidArgument(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
+                raise InvalidOption(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
         choices = {"mixed_precision": ("no", "fp16", "bf16"), "device": ("auto", "cpu", "cuda")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InvalidArgument(f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise InvalidOption(f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not self.out.strip():
-            raise InvalidArgument("--out must name a folder, got an empty string")
+            raise InvalidOption("--out must name a folder, got an empty string")
         # Read once here, so that a wrong text is an error before any work.
         _ = self.budget_seconds, self.trackers
         parse_interval("--eval-every", self.eval_every)
@@ -127,7 +127,7 @@ class TrainConfig:
         names = tuple(name.strip() for name in self.log.split(",") if name.strip() not in ("", "none"))
         unknown = [name for name in names if name not in TRACKERS]
         if unknown:
-            raise InvalidArgument(
+            raise InvalidOption(
                 f"--log must be none or some of {','.join(TRACKERS)} separated by commas, got {self.log!r}"
             )
         return names
@@ -149,35 +149,20 @@ class TrainConfig:
 
 
 RESUMABLE = frozenset(
-    [
-        "out",
-        "budget",
-        "max_steps",
-        "eval_every",
-        "eval_episodes",
-        "eval_seed",
-        "checkpoint_every",
-        "keep",
-        "log",
-        "log_every",
-        "num_threads",
-        "device",
-        "resume",
-        "progress",
-        "l2_chunk",
-        "data",
-        "policy",
-    ]
-)
-"""What may differ when a run is resumed; the data and the policy are compared by what they are, not by name."""
+    (
+        "out", "data", "budget", "max_steps", "l2_chunk", "eval_every", "eval_episodes", "eval_seed",
+        "checkpoint_every", "keep", "log", "log_every", "num_threads", "device", "resume", "progress",
+    )
+)  # fmt: skip
+"""What may differ when a run is resumed; data and policy are compared by what they are, not by name."""
 
 
 def parse_duration(name: str, text: str) -> float:
-    """``90s``, ``5m``, ``1h``, ``1.5h`` -> seconds. Raises :class:`InvalidArgument` for anything else or 0."""
+    """``90s``, ``5m``, ``1.5h`` -> seconds. Raises :class:`InvalidOption` for anything else or 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
     seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if seconds <= 0.0:
-        raise InvalidArgument(f"{name} must be a time above 0 such as 90s, 5m or 1h, got {text!r}")
+        raise InvalidOption(f"{name} must be a time above 0 such as 90s, 5m or 1h, got {text!r}")
     return seconds
 
 
@@ -192,8 +177,8 @@ def parse_interval(name: str, text: str) -> Interval | None:
         return Interval(int(text), None)
     try:
         return Interval(None, parse_duration(name, text))
-    except InvalidArgument:
-        raise InvalidArgument(
+    except InvalidOption:
+        raise InvalidOption(
             f"{name} must be a number of steps, a time such as 2m, auto or none, got {text!r}"
         ) from None
 

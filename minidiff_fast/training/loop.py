@@ -49,7 +49,7 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor) -> WindowBatch:
-        """Observations ``{name: [B, To, ...]}`` and actions ``[B, T, A]`` of the windows, on the policy's device."""
+        """Observations ``{name: [B, To, ...]}`` and actions ``[B, T, A]``, on the policy's device."""
 
 
 class Score(Protocol):
@@ -99,8 +99,9 @@ def train(
 ) -> TrainResult:
     """Train ``policy`` until the steps or the time are used up.
 
-    The loss of a step is the mean over B conditions and K samples each; AdamW, gradient norm clipped, cosine decay
-    after a linear warm-up, averaged weights (EMA) for evaluation. Everything a run draws comes from ``config.seed``.
+    The loss of a step is the mean over B conditions and K samples each; AdamW, gradient norm clipped, cosine
+    decay after a linear warm-up, averaged weights (EMA) for evaluation. Everything a run draws comes from
+    ``config.seed``.
 
     Args:
         config: options; ``config.out`` is the run folder, which :func:`minidiff_fast.training.pusht.prepare`
@@ -109,8 +110,8 @@ def train(
         objective: e.g. :class:`~minidiff_fast.objectives.imitation.DenoisingLoss`.
         windows: training data.
         evaluate: called with the policy holding the averaged weights, in eval mode.
-        on_step: called with the number of steps done after each of them; a KeyboardInterrupt from it ends the run
-            as Ctrl-C does.
+        on_step: called with the number of steps done after each of them; a KeyboardInterrupt from it ends
+            the run as Ctrl-C does.
 
     Raises:
         NonFiniteLoss: no checkpoint is written from then on.
@@ -413,7 +414,7 @@ class _Trainer:
 
 
 def _parameter_groups(policy: DiffusionPolicy, weight_decay: float) -> list[dict[str, Any]]:
-    """The denoiser's groups, and of the encoder the matrices (decay) and the rest (no decay); trainable ones only."""
+    """The denoiser's groups, and the encoder's matrices (decay) and its other parameters (no decay)."""
     groups: list[dict[str, Any]] = policy.denoiser.get_optim_groups(weight_decay)  # type: ignore[operator]
     encoder = [parameter for parameter in policy.encoder.parameters() if parameter.requires_grad]
     groups.append({"params": [p for p in encoder if p.ndim > 1], "weight_decay": weight_decay})

@@ -12,8 +12,8 @@ from minidiff_fast.errors import RunFolderError, require
 from minidiff_fast.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
-"""Rows of kind ``train``: step, seconds (training time so far), wall (with evaluations and checkpoints), loss (mean
-since the row before), lr, grad_norm, conditions_per_second, samples_per_second.
+"""Rows of kind ``train``: step, seconds (training time so far), wall (with evaluations and checkpoints),
+loss (mean since the row before), lr, grad_norm, conditions_per_second, samples_per_second.
 Rows of kind ``eval``: step, seconds, wall, score, score_interval, success_rate, episodes, eval_seconds."""
 
 
@@ -67,7 +67,8 @@ class MetricsFile:
 
 
 class RunLog:
-    """Where a run reports: metrics.jsonl, Accelerate's trackers, and a progress bar; on the main process only.
+    """Where a run reports: metrics.jsonl, Accelerate's trackers, and a progress bar; on the main process
+    only.
 
     Args:
         config: of the run; ``config.out`` exists.

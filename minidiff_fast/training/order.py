@@ -13,8 +13,9 @@ from minidiff_fast.errors import CheckpointError
 class DataOrder:
     """Indices of one pass over the windows after the other, each pass a new permutation.
 
-    Every call of :meth:`take` returns the wanted number; a call at the end of a pass goes on with the next one.
-    ``generator`` also draws the noise and the timesteps, so that one state holds all of a run's sampling.
+    Every call of :meth:`take` returns the wanted number; a call at the end of a pass goes on with the next
+    one. ``generator`` also draws the noise and the timesteps, so that one state holds all of a run's
+    sampling.
 
     Args:
         length: number of windows, >= 1.

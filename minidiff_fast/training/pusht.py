@@ -117,7 +117,8 @@ def evaluate_checkpoint(
         path, which, weights: see :func:`minidiff_fast.training.checkpoint.load_policy`.
         obs: what it must have been trained on; None takes what comes.
         num_inference_steps: denoising steps in place of those of the checkpoint's configuration.
-        episodes, seed, progress, record, max_steps: see :func:`minidiff_fast.tasks.pusht.evaluation.evaluate`.
+        episodes, seed, progress, record, max_steps: see
+            :func:`minidiff_fast.tasks.pusht.evaluation.evaluate`.
         device: where to run the policy.
 
     Raises:
@@ -142,7 +143,7 @@ def check_observation(found: Path, obs: str) -> None:
 
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
-    """Raise :class:`RunFolderError` unless a run can be written there without overwriting anything; writes nothing."""
+    """Raise :class:`RunFolderError` unless a run can be written there without overwriting anything."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"--out {folder}: is a file, a folder is expected")
     nearest = folder

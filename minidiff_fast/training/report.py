@@ -12,16 +12,18 @@ from minidiff_fast.errors import RunFolderError, require
 from minidiff_fast.training.metrics import read_metrics
 
 EVALUATION = "evaluation.json"
-"""The result of the final evaluation in a run folder, ``EvaluationResult.to_dict()`` and what was evaluated."""
+"""The result of the final evaluation in a run folder, ``EvaluationResult.to_dict()`` and what was
+evaluated."""
 CONTACT_SHEET = "contact_sheet.png"
 CURVES, REPORT_PNG, REPORT_MD = "curves.png", "report.png", "report.md"
 
 _OPTIONS = ("batch_size", "l2_batch", "lr", "budget", "max_steps", "seed", "data")
-_SHAPES = ("obs", "prediction", "n_layer", "n_head", "n_emb", "num_inference_steps")
+_SHAPES = ("obs", "prediction", "denoiser", "horizon", "n_action_steps", "num_inference_steps")
 
 
 def learning_curves(run: str | Path, path: str | Path | None = None) -> Path:
-    """Draw a run's loss over steps and its score over wall-clock time as a .png (default: ``curves.png`` in it).
+    """Draw a run's loss over steps and its score over wall-clock time as a .png (default: ``curves.png`` in
+    it).
 
     Raises:
         RunFolderError: the run has no metrics or the picture cannot be written.
@@ -50,7 +52,8 @@ def compare(runs: Sequence[str | Path], path: str | Path) -> Path:
 def write_report(run: str | Path) -> tuple[Path, Path]:
     """Write ``report.md`` and ``report.png``: options, score with its interval, speed, curves, contact sheet.
 
-    Reads metrics.jsonl, the last checkpoint's config.json, and evaluation.json and contact_sheet.png if there are.
+    Reads metrics.jsonl, the last checkpoint's config.json, and evaluation.json and contact_sheet.png if
+    there are.
 
     Returns:
         The paths of ``report.md`` and ``report.png``.
@@ -161,7 +164,8 @@ def _draw_score(axes: Any, rows: Sequence[dict[str, Any]], label: str | None) ->
     low = [row["score_interval"][0] for row in scores]
     high = [row["score_interval"][1] for row in scores]
     axes.fill_between(minutes, low, high, alpha=0.15, color=lines[0].get_color())
-    axes.set(xlabel="wall-clock, minutes", ylabel="mean score", title="score (95 % interval)", ylim=(0.0, 1.0))
+    axes.set(xlabel="wall-clock, minutes", ylabel="mean score", title="score (95 % interval)")
+    axes.set_ylim(0.0, 1.0)
     axes.grid(alpha=0.3)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the steps: the accelerator, random generators, threads, signals, and when something is due."""
+"""What surrounds the steps: accelerator, random generators, threads, signals, when something is due."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def choose_device(config: TrainConfig) -> torch.device:
 def build_accelerator(config: TrainConfig) -> Any:
     """The Accelerator of a run.
 
-    Accelerate keeps one state a process and refuses another configuration; two runs one after the other in one
-    process are fine here, as long as they are not distributed.
+    Accelerate keeps one state a process and refuses another configuration; two runs one after the other in
+    one process are fine here, as long as they are not distributed.
     """
     accelerate = require("accelerate", extra="train")
     state = accelerate.state

@@ -192,7 +192,7 @@ class PushTEnv(StockPushTEnv):
             )
         super().reset(seed=seed)
         self._last_action = None  # a marker of the last episode's action would be drawn otherwise
-        return self.get_obs(), {"coverage": self._get_coverage(), "is_success": False}
+        return self.get_obs(), {"coverage": self.coverage(), "is_success": False}
 
     def set_state(
         self,
@@ -250,7 +250,7 @@ class PushTEnv(StockPushTEnv):
             raise InvalidArgument(f"PushTEnv.step: action must be finite, got {target}")
         self._last_action = target  # type: ignore[assignment]
         self.advance(x, y)
-        coverage = self._get_coverage()
+        coverage = self.coverage()
         solved = coverage > self.success_threshold
         reward = min(max(coverage / self.success_threshold, 0.0), 1.0)
         return self.get_obs(), reward, solved, False, {"coverage": coverage, "is_success": solved}
@@ -276,9 +276,13 @@ class PushTEnv(StockPushTEnv):
             agent.velocity = (vx, vy)
             space.step(dt)
 
-    def _get_coverage(self) -> float:
+    def coverage(self) -> float:
+        """Share of the goal that the block covers now, in [0, 1]."""
         x, y = self.block.position
         return coverage_of_pose(x, y, self.block.angle)
+
+    def _get_coverage(self) -> float:
+        return self.coverage()
 
     def get_obs(self) -> NDArray[np.float64]:
         """The state [5]: agent x, y, block x, y (pixels), block angle in [0, 2 pi)."""

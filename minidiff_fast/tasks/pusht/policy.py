@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
-from minidiff_fast.errors import InvalidArgument, require
+from minidiff_fast.errors import InvalidArgument, MinidiffFastError, require
 
 if TYPE_CHECKING:
     import torch
 
+    from minidiff_fast.models import DiffusionMLP, TransformerForDiffusion
     from minidiff_fast.nn.normalizer import MinMaxNormalizer
     from minidiff_fast.objectives.imitation import DiffusionProcess, FlowMatching
     from minidiff_fast.policy import DiffusionPolicy
@@ -31,6 +32,10 @@ LOW_DIM_ENTRIES: dict[str, dict[str, int]] = {
 """Per observation kind the low-dimensional entries of an observation and their channels."""
 
 
+class InvalidOption(MinidiffFastError):
+    """An option has a wrong value. Not a ValueError, which parsers of command lines take for their own."""
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """What decides the shapes and the meaning of a policy's weights; stored with every checkpoint."""
@@ -43,18 +48,28 @@ class PolicyConfig:
     """Observations To that the policy sees."""
     n_action_steps: int = 8
     """Actions that are executed before the policy looks again."""
-    n_layer: int = 4
-    """Decoder layers."""
+    encoder_width: int = 128
+    """Channels of an observation token that the encoder of state and keypoints makes."""
+    encoder_blocks: int = 3
+    """Residual blocks of that encoder; 0 hands the normalised observations to the denoiser as they are."""
+    denoiser: Literal["mlp", "transformer"] = "mlp"
+    """DiffusionMLP (quick on a CPU) or TransformerForDiffusion."""
+    hidden_dim: int = 256
+    """mlp: width."""
+    n_blocks: int = 3
+    """mlp: residual blocks."""
+    n_layer: int = 3
+    """transformer: decoder layers."""
     n_head: int = 4
-    """Attention heads; divides n_emb."""
-    n_emb: int = 128
-    """Width of the tokens."""
+    """transformer: attention heads; divides n_emb."""
+    n_emb: int = 64
+    """transformer: width of the tokens."""
     p_drop_emb: float = 0.0
-    """Dropout after the embeddings."""
-    p_drop_attn: float = 0.05
-    """Dropout of attention weights and of residual branches."""
+    """transformer: dropout after the embeddings."""
+    p_drop_attn: float = 0.0
+    """transformer: dropout of attention weights and of residual branches."""
     causal_attn: bool = True
-    """An action attends to itself and to earlier ones only."""
+    """transformer: an action attends to itself and to earlier ones only."""
     prediction: Literal["epsilon", "sample", "v_prediction", "flow"] = "sample"
     """What the network predicts: the noise, the clean actions, v, or the velocity of flow matching."""
     num_train_timesteps: int = 100
@@ -68,36 +83,38 @@ class PolicyConfig:
         for name, annotation in get_type_hints(PolicyConfig).items():
             choices = get_args(annotation)
             if choices and getattr(self, name) not in choices:
-                raise InvalidArgument(
-                    f"PolicyConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                raise InvalidOption(
+                    f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-            if annotation is int and getattr(self, name) < 1:
-                raise InvalidArgument(f"PolicyConfig: {name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "encoder_blocks" else 1
+            if annotation is int and getattr(self, name) < least:
+                raise InvalidOption(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if self.n_obs_steps - 1 + self.n_action_steps > self.horizon:
-            raise InvalidArgument(
+            raise InvalidOption(
                 f"PolicyConfig: n_obs_steps - 1 + n_action_steps must be at most horizon = {self.horizon}, "
                 f"got {self.n_obs_steps} - 1 + {self.n_action_steps}"
             )
         if self.n_emb % self.n_head or self.n_emb // self.n_head < 8:
-            raise InvalidArgument(
+            raise InvalidOption(
                 f"PolicyConfig: n_emb must be a multiple of n_head with at least 8 channels a head, "
                 f"got n_emb = {self.n_emb}, n_head = {self.n_head}"
             )
         for name in ("p_drop_emb", "p_drop_attn"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise InvalidArgument(f"PolicyConfig: {name} must be in [0, 1), got {getattr(self, name)}")
+                raise InvalidOption(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
         if self.num_inference_steps > self.num_train_timesteps:
-            raise InvalidArgument(
+            raise InvalidOption(
                 f"PolicyConfig: num_inference_steps must be at most num_train_timesteps = "
                 f"{self.num_train_timesteps}, got {self.num_inference_steps}"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PolicyConfig:
-        """The configuration that ``dataclasses.asdict`` gave. Raises :class:`InvalidArgument` for other keys."""
+        """The configuration that ``dataclasses.asdict`` gave. Raises :class:`InvalidOption` for other
+        keys."""
         known = {field.name for field in fields(cls)}
         if set(values) != known:
-            raise InvalidArgument(
+            raise InvalidOption(
                 f"PolicyConfig: expected the fields {sorted(known)}, "
                 f"missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}"
             )
@@ -120,23 +137,40 @@ def build_policy(
         InvalidArgument: a normaliser is missing or has other channels.
         MissingDependency: ``obs="image"`` without transformers.
     """
-    from minidiff_fast.models import ImageEncoder, LowDimEncoder, TransformerForDiffusion
     from minidiff_fast.policy import DiffusionPolicy
 
     entries = LOW_DIM_ENTRIES[config.obs]
     found = {name: normalizer.channels for name, normalizer in obs_normalizers.items()}
     if found != entries or action_normalizer.channels != ACTION_DIM:
         raise InvalidArgument(
-            f"build_policy: obs={config.obs!r} needs normalisers with the channels {entries} and {ACTION_DIM} "
-            f"for the action, got {found} and {action_normalizer.channels}"
+            f"build_policy: obs={config.obs!r} needs normalisers with the channels {entries} and "
+            f"{ACTION_DIM} for the action, got {found} and {action_normalizer.channels}"
         )
-    encoder = ImageEncoder(entries) if config.obs == "image" else LowDimEncoder(entries)
-    denoiser = TransformerForDiffusion(
-        ACTION_DIM,
-        ACTION_DIM,
-        config.horizon,
-        n_obs_steps=config.n_obs_steps,
-        cond_dim=encoder.output_dim,
+    encoder = _encoder(config)
+    denoiser = _denoiser(config, int(encoder.output_dim))
+    return DiffusionPolicy(encoder, denoiser, obs_normalizers, action_normalizer)
+
+
+def _encoder(config: PolicyConfig) -> Any:
+    from minidiff_fast.models import ImageEncoder, LowDimEncoder
+    from minidiff_fast.tasks.pusht.encoder import ResidualEncoder
+
+    entries = LOW_DIM_ENTRIES[config.obs]
+    if config.obs == "image":
+        return ImageEncoder(entries)
+    if config.encoder_blocks == 0:
+        return LowDimEncoder(entries)
+    return ResidualEncoder(entries, config.n_obs_steps, config.encoder_width, config.encoder_blocks)
+
+
+def _denoiser(config: PolicyConfig, cond_dim: int) -> DiffusionMLP | TransformerForDiffusion:
+    from minidiff_fast.models import DiffusionMLP, TransformerForDiffusion
+
+    sizes = (ACTION_DIM, ACTION_DIM, config.horizon, config.n_obs_steps, cond_dim)
+    if config.denoiser == "mlp":
+        return DiffusionMLP(*sizes, config.hidden_dim, config.n_blocks)
+    transformer = TransformerForDiffusion(
+        *sizes,
         n_layer=config.n_layer,
         n_head=config.n_head,
         n_emb=config.n_emb,
@@ -144,7 +178,27 @@ def build_policy(
         p_drop_attn=config.p_drop_attn,
         causal_attn=config.causal_attn,
     )
-    return DiffusionPolicy(encoder, denoiser, obs_normalizers, action_normalizer)
+    _scale_to_width(transformer)
+    return transformer
+
+
+def _scale_to_width(transformer: TransformerForDiffusion) -> None:
+    """Draw the weights anew with variance 1 / fan-in, the output layer excepted.
+
+    The module's own standard deviation of 0.02 is made for a width of 768. At 64 the condition reaches the
+    actions a thousand times too small, and thousands of steps go by before the policy looks at it.
+    """
+    from torch import nn
+
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.normal_(module.in_proj_weight, std=module.embed_dim**-0.5)
+        elif isinstance(module, nn.Linear) and name != "head":
+            ends_branch = name.endswith(("out_proj", "linear2"))
+            nn.init.normal_(module.weight, std=(0.5 if ends_branch else 1.0) * module.in_features**-0.5)
+    nn.init.normal_(transformer.pos_emb, std=0.2)
+    if transformer.cond_pos_emb is not None:
+        nn.init.normal_(transformer.cond_pos_emb, std=0.2)
 
 
 def build_process(config: PolicyConfig) -> DiffusionProcess | FlowMatching:
@@ -159,8 +213,8 @@ def build_process(config: PolicyConfig) -> DiffusionProcess | FlowMatching:
 def build_scheduler(config: PolicyConfig) -> Any:
     """The sampler: diffusers' DDIMScheduler, or FlowMatchEulerDiscreteScheduler for ``prediction="flow"``.
 
-    DDIM starts at the last training timestep (``trailing``), except for ``epsilon``: there the clean sample is
-    read off as ``(x - sqrt(1 - ab) eps) / sqrt(ab)``, and ab is next to nothing at the last timestep.
+    DDIM starts at the last training timestep (``trailing``), except for ``epsilon``: there the clean sample
+    is read off as ``(x - sqrt(1 - ab) eps) / sqrt(ab)``, and ab is next to nothing at the last timestep.
     """
     diffusers = require("diffusers", extra="train")
     if config.prediction == "flow":
@@ -175,12 +229,13 @@ def build_scheduler(config: PolicyConfig) -> Any:
 
 
 class PushTActor:
-    """A policy as :func:`minidiff_fast.tasks.pusht.evaluation.evaluate` calls it: observations in, actions out.
+    """A policy as :func:`minidiff_fast.tasks.pusht.evaluation.evaluate` calls it: observations in, actions
+    out.
 
     Each call encodes n observations, draws one action sequence for each of them and returns the
     ``n_action_steps`` actions from the last observation on, places ``n_obs_steps - 1`` to
-    ``n_obs_steps + n_action_steps - 2`` of the horizon. The randomness comes from ``seed`` alone: an actor made
-    anew with it repeats its actions, whatever else has drawn random numbers.
+    ``n_obs_steps + n_action_steps - 2`` of the horizon. The randomness comes from ``seed`` alone: an actor
+    made anew with it repeats its actions, whatever else has drawn random numbers.
 
     Args:
         policy: in the mode (train, eval) it is in; ``evaluate`` wants eval.

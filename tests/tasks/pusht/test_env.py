@@ -96,12 +96,12 @@ def test_set_state_restores_a_recorded_state() -> None:
     recorded = env.get_obs()
     for action in _actions(1, recorded, 40):
         recorded = env.step(action)[0]
-    frame_coverage = env._get_coverage()
+    coverage = env.coverage()
     other = make_env()
     other.reset(seed=2)
     restored = other.set_state(recorded)
     assert np.allclose(restored, recorded, rtol=0.0, atol=1e-9)
-    assert other._get_coverage() == pytest.approx(frame_coverage, abs=1e-9)
+    assert other.coverage() == pytest.approx(coverage, abs=1e-9)
     assert tuple(other.agent.velocity) == (0.0, 0.0)
     # staying where it is leaves everything where it is
     assert np.allclose(other.step(recorded[:2])[0][:2], recorded[:2], atol=1e-6)

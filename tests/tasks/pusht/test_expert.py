@@ -30,6 +30,13 @@ def test_expert_is_deterministic() -> None:
     assert np.array_equal(first.action, second.action)
 
 
+def test_expert_finds_back_from_a_disturbed_start() -> None:
+    usual, disturbed = run_episode(50_005, max_steps=1), run_episode(50_005, disturbed=True)
+    assert disturbed.disturbed and not usual.disturbed
+    assert np.abs(usual.state[0, 2:] - disturbed.state[0, 2:]).max() > 5.0, "nothing was pushed"
+    assert disturbed.solved
+
+
 def test_expert_does_not_change_the_environment_it_looks_at() -> None:
     env, untouched = make_env(), make_env()
     env.reset(seed=50_004)
