@@ -238,9 +238,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         tensors = safetensors.load_file(str(path))
     except Exception as error:  # safetensors raises its own class and, for short files, others
-        raise CheckpointError(
-            f"{path}: cannot be read, half written or damaged ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read, half written or damaged ({first_line(error)})") from error
     problem = _difference(module.state_dict(), tensors)
     if problem:
         raise CheckpointError(f"{path}: belongs to another architecture: {problem}")
@@ -255,10 +253,13 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no class for a damaged file
-        raise CheckpointError(
-            f"{path}: cannot be read, half written or damaged ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read, half written or damaged ({first_line(error)})") from error
     return state
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

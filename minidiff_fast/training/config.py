@@ -42,7 +42,7 @@ class TrainConfig:
     """.npz, zarr folder or .zip, LeRobot folder, lerobot/<name>. None: the package's demonstrations."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy's shapes."""
-    batch_size: int = 32
+    batch_size: int = 64
     """B, conditions per step (per process)."""
     l2_batch: int = 8
     """K, noised action samples per condition; the condition is encoded once for all of them."""

@@ -385,7 +385,7 @@ class _Trainer:
             if isinstance(error, MinidiffFastError):
                 raise
             raise CheckpointError(
-                f"{found / checkpoint.STATE}: does not fit this run ({str(error).splitlines()[0]})"
+                f"{found / checkpoint.STATE}: does not fit this run ({checkpoint.first_line(error)})"
             ) from error
         self.saved, self.saved_step = found, self.step
 

@@ -176,12 +176,13 @@ def threads(count: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def determinism() -> Iterator[None]:
     """Deterministic algorithms on the CPU; a GPU keeps its faster ones."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads it
+        switches.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        switches.fill_uninitialized_memory = before[1]
