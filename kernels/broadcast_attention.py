@@ -68,7 +68,7 @@ def _load_rows(
     sample = (rows // (T * G)).to(tl.int64)
     t = ((rows // G) % T).to(tl.int64)
     g = (rows % G).to(tl.int64)
-    offsets = (sample * stride_k + t * stride_t + g * stride_h)[:, None] + d[None, :] * stride_d
+    offsets = (sample * stride_k + t * stride_t + g * stride_h)[:, None] + d.to(tl.int64)[None, :] * stride_d
     return tl.load(base + offsets, mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
 
 
@@ -91,7 +91,7 @@ def _load_keys(
         offset = (keys // P).to(tl.int64) * stride_k + (keys % P).to(tl.int64) * stride_s
     else:
         offset = keys.to(tl.int64) * stride_s
-    return tl.load(base + offset[:, None] + d[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(base + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def _broadcast_attention_fwd_kernel(
             K, T, S, P, logit_scale, seed, dropout_threshold,
             True, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
         )  # fmt: skip
-    seen = row_sum > 0.0
+    seen = row_sum != 0.0
     normaliser = tl.where(seen, row_sum, 1.0)
     acc = acc * (keep_scale / normaliser)[:, None]
     log_sum = tl.log2(normaliser) * (LN_2 if EXACT else 1.0)
@@ -329,11 +329,13 @@ def _broadcast_attention_bwd_delta_kernel(
 
 @triton.jit
 def _row_statistics(lse, lse_correction, delta, index, row_mask, EXACT: tl.constexpr):
-    """Per row: lse in the units of the logits (0 for a row that saw nothing: its p are exp(-inf) = 0), what it lacks, delta."""
+    """Per row: lse in the units of the logits, what it lacks, delta; all 0 for a row that saw nothing (its p are
+    exp(-inf) = 0, and a NaN in the gradient of its lse must not reach the keys)."""
     row_lse = tl.load(lse + index, mask=row_mask, other=float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse * (1.0 if EXACT else LOG2_E))
+    seen = row_lse != float("-inf")
+    row_lse = tl.where(seen, row_lse * (1.0 if EXACT else LOG2_E), 0.0)
     correction = tl.load(lse_correction + index, mask=row_mask, other=0.0) if EXACT else tl.zeros_like(row_lse)
-    return row_lse, correction, tl.load(delta + index, mask=row_mask, other=0.0)
+    return row_lse, correction, tl.where(seen, tl.load(delta + index, mask=row_mask, other=0.0), 0.0)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ The environment variable ``MINIDIFF_FAST_IMPL`` replaces ``"auto"`` (and only ``
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -57,9 +56,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.cache
+_FOUND: dict[str, bool] = {}
+
+
 def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    if package not in _FOUND:
+        _FOUND[package] = importlib.util.find_spec(package) is not None
+    return _FOUND[package]
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

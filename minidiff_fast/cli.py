@@ -96,8 +96,8 @@ class DemoConfig:
     """Unseen starts of the evaluation, seeds 100000 and up."""
     seed: int = 0
     """Of everything random in training."""
-    num_threads: int | None = None
-    """Threads of torch on the CPU."""
+    num_threads: int | None = 2
+    """Threads of torch on the CPU; the model is too small for many."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     progress: bool = True
@@ -132,6 +132,9 @@ two-level minibatching for diffusion policies
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch loads. Threads that spin at a barrier make a step of a small model tens of times slower as
+    # soon as something else runs on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(arguments)
     except MinidiffFastError as error:

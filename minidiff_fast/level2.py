@@ -14,12 +14,13 @@ Source: two-level minibatching, Mini-Diffuser (Hu et al., arXiv 2505.09430).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -46,7 +47,7 @@ class Level2Batch:
     """[B, T] boolean or None: True where an action counts."""
 
     def __post_init__(self) -> None:
-        context = describe(actions=self.actions, timesteps=self.timesteps, noise=self.noise)
+        context = partial(describe, actions=self.actions, timesteps=self.timesteps, noise=self.noise)
         check_shape("Level2Batch", "actions", self.actions, ["B", "T", "A"], "[B, T, A]", context)
         batch, tokens, width = self.actions.shape
         check_shape("Level2Batch", "timesteps", self.timesteps, [batch, "K"], "[B, K]", context)
@@ -58,6 +59,14 @@ class Level2Batch:
             check_shape("Level2Batch", "weight", self.weight, [batch, k], "[B, K]", context)
         if self.mask is not None:
             check_shape("Level2Batch", "mask", self.mask, [batch, tokens], "[B, T]", context)
+            if self.mask.dtype != torch.bool:
+                raise InvalidArgument(f"Level2Batch: mask must be boolean (True = counts), got {self.mask.dtype}")
+        for name in ("timesteps", "noise", "weight", "mask"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != self.actions.device:
+                raise InvalidArgument(
+                    f"Level2Batch: {name} must be on the device of actions, {self.actions.device}, got {tensor.device}"
+                )
 
     @classmethod
     def draw(
@@ -84,7 +93,7 @@ class Level2Batch:
         timesteps = objective.draw_timesteps((actions.shape[0], k), device=device, generator=generator)
         shape = (actions.shape[0], k, *actions.shape[1:])
         noise = torch.randn(shape, dtype=actions.dtype, device=device, generator=generator)
-        return cls(obs, actions, timesteps.to(actions.device), noise.to(actions.device), weight, mask)
+        return cls(obs, actions, _move(timesteps, actions.device), _move(noise, actions.device), weight, mask)
 
     @property
     def samples(self) -> int:
@@ -95,6 +104,15 @@ class Level2Batch:
         """Samples ``start .. stop - 1`` of every condition; views, no copies."""
         weight = None if self.weight is None else self.weight[:, start:stop]
         return replace(self, timesteps=self.timesteps[:, start:stop], noise=self.noise[:, start:stop], weight=weight)
+
+
+def _move(drawn: Tensor, device: torch.device) -> Tensor:
+    """To ``device`` without making the host wait: pageable memory would."""
+    if drawn.device == device:
+        return drawn
+    if drawn.device.type == "cpu" and device.type == "cuda":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
 
 
 class Objective(Protocol):
@@ -119,7 +137,7 @@ class Level2Result(NamedTuple):
 
 
 def level2_step(
-    policy: Policy | DistributedDataParallel,
+    policy: Policy | nn.Module,
     objective: Objective,
     batch: Level2Batch,
     *,
@@ -129,19 +147,21 @@ def level2_step(
     """One forward and backward pass: gradients are *added* to ``.grad`` of the policy's parameters.
 
     Args:
-        policy: a :class:`~minidiff_fast.policy.Policy`, or one wrapped in ``DistributedDataParallel`` whose
-            ``forward`` is ``denoise``; then only the last backward synchronises.
+        policy: a :class:`~minidiff_fast.policy.Policy`, or one whose ``forward`` is ``denoise``, wrapped in
+            ``DistributedDataParallel`` (then only the last backward synchronises), in ``torch.compile``, or in both.
+            ``encode`` is called on the module inside. FSDP shards parameters that ``encode`` needs: it is refused.
         objective: gives the loss per sample.
         batch: see :class:`Level2Batch`.
         chunk: samples per condition that run at once; None runs all K at once. The memory is that of one chunk.
         loss_scale: applied to every chunk's loss before its backward (``GradScaler.scale``).
 
     The encoder runs once forward and once backward. With dropout or other randomness in ``denoise``, chunked and
-    unchunked steps draw different random numbers; the encoder's are drawn once in either case.
+    unchunked steps draw different random numbers; the encoder's are drawn once in either case. May run under
+    ``torch.autocast``: backward passes leave it, and a 16-bit cache gathers its gradient in float32.
 
     Raises:
-        InvalidArgument: chunk < 1, a cache without tensors of leading dimension B, or an encoder whose features
-            need a gradient inside ``torch.no_grad()``.
+        InvalidArgument: chunk < 1, gradients switched off (``torch.no_grad()``), FSDP, or a cache without tensors of
+            leading dimension B.
 
     Example::
 
@@ -153,51 +173,77 @@ def level2_step(
     chunk = k if chunk is None else chunk
     if chunk < 1:
         raise InvalidArgument(f"level2_step: chunk must be at least 1 sample per condition, got {chunk}")
+    if not torch.is_grad_enabled():
+        raise InvalidArgument("level2_step runs a backward pass: call it with gradients enabled")
     scale = loss_scale if loss_scale is not None else _identity
-    bare = policy.module if isinstance(policy, DistributedDataParallel) else policy
-    denoise = policy if isinstance(policy, DistributedDataParallel) else policy.denoise
+    bare, parallel = _unwrap(policy)
+    denoise = bare.denoise if policy is bare else policy
     total = batch.timesteps.numel()
 
     cache = bare.encode(batch.obs)
     leaves, structure = pytree.tree_flatten(cache)
     _check_cache(leaves, batch.actions.shape[0])
     starts = range(0, k, chunk)
-    detached = [_detach(leaf) for leaf in leaves] if len(starts) > 1 else leaves
+    gatherers = [_gatherer(leaf) for leaf in leaves] if len(starts) > 1 else []
     losses = []
     for start in starts[:-1]:
-        with _no_sync(policy):
+        with parallel.no_sync() if parallel is not None else nullcontext():
+            detached = [
+                leaf if gatherer is None else gatherer.to(leaf.dtype)
+                for leaf, gatherer in zip(leaves, gatherers, strict=True)
+            ]
             part = objective.per_sample(
                 denoise, pytree.tree_unflatten(detached, structure), batch.chunk(start, start + chunk)
             )
-            scale(part.sum() / total).backward()
+            _backward([scale(part.sum() / total)], [None])
         losses.append(part.detach())
     # The last chunk reads the cache itself; its backward takes the gradient that the others have gathered along.
     part = objective.per_sample(denoise, cache, batch.chunk(starts[-1], k))
     losses.append(part.detach())
     gathered = [
-        (leaf, copy.grad)
-        for leaf, copy in zip(leaves, detached, strict=True)
-        if copy is not leaf and copy.grad is not None
+        (leaf, gatherer.grad.to(leaf.dtype))
+        for leaf, gatherer in zip(leaves, gatherers, strict=False)
+        if gatherer is not None and gatherer.grad is not None
     ]
-    roots = [scale(part.sum() / total), *(leaf for leaf, _ in gathered)]
-    torch.autograd.backward(roots, [None, *(grad for _, grad in gathered)])
+    _backward(
+        [scale(part.sum() / total), *(leaf for leaf, _ in gathered)], [None, *(gradient for _, gradient in gathered)]
+    )
     per_sample = torch.cat(losses, dim=1)
     return Level2Result(per_sample.sum() / total, per_sample)
+
+
+def _unwrap(policy: Any) -> tuple[Any, DistributedDataParallel | None]:
+    """The module that has ``encode``, inside torch.compile and DistributedDataParallel, and the latter if there."""
+    parallel = None
+    while True:
+        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(policy).__mro__):
+            raise InvalidArgument(
+                f"level2_step: policy must not be wrapped in FSDP ({type(policy).__name__}): encode() would read its "
+                "sharded parameters; use DistributedDataParallel"
+            )
+        if isinstance(policy, DistributedDataParallel):
+            parallel, policy = policy, policy.module
+        elif hasattr(policy, "_orig_mod"):
+            policy = policy._orig_mod
+        else:
+            return policy, parallel
+
+
+def _backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Backward outside autocast, as torch asks for."""
+    with torch.autocast(roots[0].device.type, enabled=False):
+        torch.autograd.backward(roots, gradients)
 
 
 def _identity(loss: Tensor) -> Tensor:
     return loss
 
 
-def _detach(leaf: Any) -> Any:
-    """A copy without history that gathers a gradient; anything that needs none passes as it is."""
-    if isinstance(leaf, Tensor) and leaf.requires_grad:
-        return leaf.detach().requires_grad_()
-    return leaf
-
-
-def _no_sync(policy: Any) -> AbstractContextManager[Any]:
-    return policy.no_sync() if isinstance(policy, DistributedDataParallel) else nullcontext()
+def _gatherer(leaf: Any) -> Tensor | None:
+    """A copy without history, float32 at least, that gathers the chunks' gradients; None for what needs none."""
+    if not (isinstance(leaf, Tensor) and leaf.requires_grad):
+        return None
+    return leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)).requires_grad_()
 
 
 def _check_cache(leaves: list[Any], batch: int) -> None:

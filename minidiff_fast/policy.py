@@ -50,6 +50,9 @@ class DiffusionPolicy(nn.Module):
         obs_normalizers: dict[str, MinMaxNormalizer],
         action_normalizer: MinMaxNormalizer,
     ) -> None:
+        dotted = sorted(name for name in obs_normalizers if "." in name)
+        if dotted:
+            raise InvalidArgument(f"DiffusionPolicy: obs_normalizers must have names without a dot, got {dotted}")
         super().__init__()
         self.encoder = encoder
         self.denoiser: Any = denoiser
@@ -80,7 +83,14 @@ class DiffusionPolicy(nn.Module):
         prediction: Tensor = self.denoiser.denoise(cache, x, t)
         return prediction
 
-    forward = denoise
+    def forward(
+        self,
+        cache: Any,
+        x: Tensor,  # [B, K, T, A], normalised
+        t: Tensor,  # [B, K]
+    ) -> Tensor:  # [B, K, T, A]
+        """:meth:`denoise`."""
+        return self.denoise(cache, x, t)
 
     def normalize_actions(
         self,

@@ -31,7 +31,8 @@ def sample_actions(
         policy: encodes once, then denoises ``num_inference_steps`` times.
         obs: what ``policy.encode`` takes, every tensor with leading dimension B.
         scheduler: a diffusers scheduler (``set_timesteps``, ``scale_model_input``, ``step``), e.g. DDIMScheduler or
-            FlowMatchEulerDiscreteScheduler. Its state is reset by ``set_timesteps``.
+            FlowMatchEulerDiscreteScheduler, with the schedule and prediction type of training (for the latter:
+            ``FlowMatching(noise_at=1)`` with its ``num_train_timesteps`` as ``timestep_scale``). Its state is reset.
         num_inference_steps: denoising steps.
         shape: (T, A), action tokens and action dimension.
         k: samples per observation.
@@ -39,7 +40,8 @@ def sample_actions(
         dtype: of the sample handed to the policy.
 
     Raises:
-        InvalidArgument: k < 1, num_inference_steps < 1, or more steps than the scheduler was trained with.
+        InvalidArgument: k < 1, num_inference_steps < 1, more steps than the scheduler was trained with, or a policy in
+            training mode.
     """
     if k < 1:
         raise InvalidArgument(f"sample_actions: k, the samples per observation, must be at least 1, got {k}")
@@ -48,20 +50,26 @@ def sample_actions(
         raise InvalidArgument(
             f"sample_actions: num_inference_steps must be in [1, {trained}], got {num_inference_steps}"
         )
+    if getattr(policy, "training", False):
+        raise InvalidArgument("sample_actions: policy is in training mode, whose dropout draws on; call policy.eval()")
     cache = policy.encode(obs)
-    first = next((leaf for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)), None)
-    if first is None:
+    leaves = [leaf for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)]
+    if not leaves:
         raise InvalidArgument("sample_actions: policy.encode returned no tensor")
-    device = first.device
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    noise_device = device if generator is None else generator.device
-    x = torch.randn((first.shape[0], k, *shape), generator=generator, device=noise_device).to(device)
-    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    batch, device = leaves[0].shape[0], leaves[0].device
+    # The scheduler's own timesteps stay on the CPU, where it branches on them without waiting for the device.
+    scheduler.set_timesteps(num_inference_steps)
+    on_device = scheduler.timesteps.to(device)
+    noise = torch.randn(
+        (batch, k, *shape), generator=generator, device=device if generator is None else generator.device
+    )
+    # Schedulers see rows [B * K, T, A]: to them the second axis is channels, over which some of them take statistics.
+    x = noise.flatten(0, 1).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
-    for t in scheduler.timesteps:
+    for step, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        times = t.expand(x.shape[0], k)
-        prediction = policy.denoise(cache, scaled.to(dtype), times)
-        x = scheduler.step(prediction.to(x.dtype), t, x, **extra).prev_sample
-    return x
+        times = on_device[step].expand(batch, k)
+        prediction = policy.denoise(cache, scaled.unflatten(0, (batch, k)).to(dtype), times)
+        x = scheduler.step(prediction.flatten(0, 1).to(x.dtype), t, x, **extra).prev_sample
+    return x.unflatten(0, (batch, k))

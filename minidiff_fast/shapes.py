@@ -24,7 +24,7 @@ Both are in use, and mixing them silently pairs samples with the conditions of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -101,11 +101,12 @@ def check_shape(
     tensor: Tensor,
     expected: Sequence[int | str],
     letters: str,
-    context: str,
+    context: str | Callable[[], str],
 ) -> None:
     """Raise :class:`InvalidArgument` unless ``tensor`` has the expected shape.
 
-    ``expected`` holds numbers for sizes that are fixed by other arguments and letters for free ones.
+    ``expected`` holds numbers for sizes that are fixed by other arguments and letters for free ones. ``context``
+    ends the message; as a function it is called for a message only (which keeps dynamic shapes traceable).
 
     >>> import torch
     >>> check_shape("f", "k", torch.zeros(2, 3), [2, "S"], "[B, S]", "q: [2, 5]")
@@ -120,6 +121,7 @@ def check_shape(
     )
     if not fits:
         sizes = ", ".join(str(size) for size in expected)
+        context = context() if callable(context) else context
         raise InvalidArgument(f"{function}: {argument} must be {letters} = [{sizes}], got {list(shape)} ({context})")
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minidiff_fast import cli
+
 for name in ("accelerate", "diffusers", "tyro", "tqdm", "safetensors", "gym_pusht"):
     pytest.importorskip(name)
-
-from minidiff_fast import cli
 
 TINY = ["--encoder-width", "16", "--encoder-blocks", "1", "--hidden-dim", "32", "--n-blocks", "1"]
 QUICK = [*TINY, "--batch-size", "8", "--l2-batch", "2", "--num-inference-steps", "2", "--device", "cpu"]
@@ -204,7 +204,7 @@ def test_wrong_inputs_are_one_line_and_change_nothing(
             "train", "pusht", "--data", good, "--out", run, "--resume", "--max-steps", "30", *QUICK, *QUIET,
             "--hidden-dim", "48",
         ],
-        "obs='image' needs": [*train, "--data", good, "--obs", "image"],
+        "images were asked for": [*train, "--data", good, "--obs", "image"],
         "no such folder": ["eval", "pusht", "--checkpoint", "nowhere"],
         "was trained on --obs keypoints, got --obs image": [
             "eval", "pusht", "--checkpoint", run, "--obs", "image",
@@ -267,7 +267,12 @@ def test_the_demo_from_end_to_end(
         pytest.importorskip(name)
     monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
     run = tmp_path / "demo"
-    assert cli.main(["demo", "--out", str(run), "--max-steps", "3", "--episodes", "2", "--no-progress"]) == 0
+    assert (
+        cli.main(
+            ["demo", "--out", str(run), "--max-steps", "3", "--episodes", "2", "--num-threads", "1", "--no-progress"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "mean score " in out
     wanted = {"report.md", "report.png", "curves.png", "contact_sheet.png", "rollout.mp4", "evaluation.json"}

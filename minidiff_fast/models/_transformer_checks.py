@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -95,11 +96,11 @@ def check_sample(
     parameter: Tensor,
 ) -> None:
     """The samples and their timesteps fit the model and each other."""
-    context = describe(sample=sample, timestep=timestep)
+    context = partial(describe, sample=sample, timestep=timestep)
     check_shape(NAME, "sample", sample, ["B", "K", "T", input_dim], "[B, K, T, Da]", context)
     batch, samples, steps = sample.shape[:3]
     if not 1 <= steps <= horizon:
-        raise InvalidArgument(f"{NAME}: sample must have 1 <= T <= horizon = {horizon}, got T = {steps} ({context})")
+        raise InvalidArgument(f"{NAME}: sample must have 1 <= T <= horizon = {horizon}, got T = {steps} ({context()})")
     check_like("sample", sample, parameter)
     check_shape(NAME, "timestep", timestep, [batch, samples], "[B, K]", context)
     if timestep.device != sample.device:

@@ -6,6 +6,7 @@ MLP of this kind): on a CPU a sample costs a tenth of what it costs a transforme
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ class DiffusionMLP(nn.Module):
     ) -> ConditionFeatures:
         """The condition's share of the first layer, once for all its samples."""
         expected = ["B", self.n_obs_steps, self.cond_dim]
-        check_shape(NAME, "cond", cond, expected, "[B, To, Dc]", describe(cond=cond))
+        check_shape(NAME, "cond", cond, expected, "[B, To, Dc]", partial(describe, cond=cond))
         return ConditionFeatures(self.cond_encoder(cond.flatten(1)))
 
     def denoise(
@@ -114,7 +115,7 @@ class DiffusionMLP(nn.Module):
         timestep: Tensor,  # [B, K]
     ) -> Tensor:  # [B, K, T, out]
         """Predict for K samples of each condition, each with its own timestep."""
-        context = describe(sample=sample, timestep=timestep, memory=memory.hidden)
+        context = partial(describe, sample=sample, timestep=timestep, memory=memory.hidden)
         batch = memory.hidden.shape[0]
         expected = [batch, "K", self.horizon, self.input_dim]
         check_shape(NAME, "sample", sample, expected, "[B, K, T, Da]", context)

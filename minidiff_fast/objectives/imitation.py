@@ -46,7 +46,7 @@ class DiffusionProcess:
     """
 
     alphas_cumprod: Tensor
-    """[steps] float: the share of signal variance ab_t left at timestep t, in (0, 1], falling."""
+    """[steps] float: the share of signal variance ab_t left at timestep t, in [0, 1]."""
     prediction_type: PredictionType = "epsilon"
     """What the network predicts."""
     _on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)

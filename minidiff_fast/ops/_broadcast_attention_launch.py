@@ -54,14 +54,14 @@ def choose_config(
     elif block_d <= 64:
         largest_m, largest_n = (128 if forward else 64), 64
     elif block_d <= 128:
-        largest_m, largest_n = (128 if forward else 64), (64 if forward else 32)
+        largest_m, largest_n = 64, (64 if forward else 32)
     else:
         largest_m, largest_n = (64 if forward else 32), 32
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
     block_p = _tile(own_span, largest_n)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
-    num_warps = 8 if crowded or block_m * block_d >= 64 * 256 or (element_size == 4 and block_d >= 64) else 4
+    num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
     # Pipelining holds the next tiles' addresses in registers: too many in dkdv and for float32.
     num_stages = 1 if hip or kernel == "dkdv" or element_size == 4 else 2
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages)
@@ -132,17 +132,20 @@ def _problem(q: Tensor, k: Tensor, own_k: Tensor | None, dropout_p: float, scale
         scale,
         q.dtype == torch.float32,
     )
-    if problem.rows >= 2**31 or samples * own >= 2**31 or batch * problem.kv_heads * -(-problem.rows // 16) >= 2**31:
+    blocks = problem.batch * problem.kv_heads * -(-max(problem.rows, problem.shared, samples * own) // 16)
+    if max(problem.rows, problem.shared, samples * own, blocks) >= 2**31:
         raise InvalidArgument(
-            f"broadcast_attention: K * T * H / Hkv = {problem.rows} rows and K * P = {samples * own} own keys per "
-            "condition and head must stay below 2^31; run K in chunks"
+            f"broadcast_attention: K * T * H / Hkv = {problem.rows} rows, S = {problem.shared} and K * P = "
+            f"{samples * own} keys per condition and head, and their {blocks} blocks of 16 in all, must stay below "
+            "2^31; run K in chunks"
         )
     return problem
 
 
 def _precision(q: Tensor) -> str:
     """float32 products follow torch's own switch; the default is exact float32."""
-    return "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
@@ -187,16 +190,17 @@ def launch_forward(
     row_blocks = -(-problem.rows // config.block_m)
     own_key, own_key_strides = _own_or(own_k, k)
     own_value, own_value_strides = _own_or(own_v, v)
-    kernels._broadcast_attention_fwd_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
-        q, k, v, own_key, own_value, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q),
-        out, lse, lse_correction,
-        *q.stride(), *k.stride(), *v.stride(), *own_key_strides, *own_value_strides, *_mask_strides(mask),
-        problem.samples, problem.tokens, problem.shared, problem.own, row_blocks,
-        problem.logit_scale, problem.keep_scale, problem.dropout_threshold,
-        **_flags(problem, lengths, mask, own_causal), HAS_OWN=problem.own > 0,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=config.block_p, PRECISION=_precision(q),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        kernels._broadcast_attention_fwd_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
+            q, k, v, own_key, own_value, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q),
+            out, lse, lse_correction,
+            *q.stride(), *k.stride(), *v.stride(), *own_key_strides, *own_value_strides, *_mask_strides(mask),
+            problem.samples, problem.tokens, problem.shared, problem.own, row_blocks,
+            problem.logit_scale, problem.keep_scale, problem.dropout_threshold,
+            **_flags(problem, lengths, mask, own_causal), HAS_OWN=problem.own > 0,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=config.block_p, PRECISION=_precision(q),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out, lse, lse_correction
 
 
@@ -209,56 +213,32 @@ def launch_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None,
     out: Tensor, lse: Tensor, lse_correction: Tensor, lengths: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     own_causal: bool, dropout_p: float, scale: float,
+    *, need_q: bool = True, need_shared: bool = True, need_own: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, down_k, down_v."""
+    """dq, dk, dv, down_k, down_v; empty where not needed."""
     problem = _problem(q, k, own_k, dropout_p, scale)
     lengths = None if lengths is None else lengths.contiguous()
-    empty = torch.zeros if q.numel() == 0 else torch.empty  # without rows the kernels do not run: the gradients are 0
-    dq = empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    down_k, down_v = (
-        q.new_empty(0) if x is None else empty(x.shape, dtype=x.dtype, device=x.device) for x in (own_k, own_v)
-    )
+    # Without rows no kernel runs, and the gradients are 0.
+    make = torch.zeros if q.numel() == 0 else torch.empty
+
+    def like(x: Tensor | None, needed: bool) -> Tensor:
+        return make(x.shape if needed and x is not None else (0,), dtype=q.dtype, device=q.device)
+
+    dq, dk, dv = like(q, need_q), like(k, need_shared), like(v, need_shared)
+    down_k, down_v = like(own_k, need_own), like(own_v, need_own)
     if q.numel() == 0:
         return dq, dk, dv, down_k, down_v
-    delta = _launch_delta(problem, out, dout, dlse.contiguous())
-    _launch_dq(problem, q, k, v, own_k, own_v, lengths, mask, seed, dout, lse, lse_correction, delta, dq, own_causal)
-    if k.numel() > 0:
-        _launch_dkdv(
-            problem,
-            q,
-            k,
-            v,
-            lengths,
-            mask,
-            seed,
-            dout,
-            lse,
-            lse_correction,
-            delta,
-            dk,
-            dv,
-            own=False,
-            own_causal=False,
-        )
-    if own_k is not None and own_v is not None and own_k.numel() > 0:
-        _launch_dkdv(
-            problem,
-            q,
-            own_k,
-            own_v,
-            None,
-            None,
-            seed,
-            dout,
-            lse,
-            lse_correction,
-            delta,
-            down_k,
-            down_v,
-            own=True,
-            own_causal=own_causal,
-        )
+    with torch.cuda.device_of(q):
+        delta = _launch_delta(problem, out, dout, dlse.contiguous())
+        statistics = (dout, lse, lse_correction, delta)
+        if need_q:
+            _launch_dq(problem, q, k, v, own_k, own_v, lengths, mask, seed, *statistics, dq, own_causal)
+        if need_shared and k.numel() > 0:
+            _launch_dkdv(problem, q, k, v, lengths, mask, seed, *statistics, dk, dv, own=False, own_causal=False)
+        if need_own and own_k is not None and own_v is not None and own_k.numel() > 0:
+            _launch_dkdv(
+                problem, q, own_k, own_v, None, None, seed, *statistics, down_k, down_v, own=True, own_causal=own_causal
+            )
     return dq, dk, dv, down_k, down_v
 
 

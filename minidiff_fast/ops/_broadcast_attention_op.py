@@ -51,51 +51,28 @@ def broadcast_attention_bwd(
     own_causal: bool,
     dropout_p: float,
     scale: float,
+    need_q: bool,
+    need_shared: bool,
+    need_own: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, down_k, down_v, each of its input's shape and dtype; the last two are empty without own tokens."""
+    """dq, dk, dv, down_k, down_v, each of its input's shape and dtype; those that are not needed are empty."""
     from minidiff_fast.ops._broadcast_attention_launch import launch_backward
 
     return launch_backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        own_k,
-        own_v,
-        out,
-        lse,
-        lse_correction,
-        lengths,
-        mask,
-        seed,
-        own_causal,
-        dropout_p,
-        scale,
-    )
+        dout, dlse, q, k, v, own_k, own_v, out, lse, lse_correction, lengths, mask, seed, own_causal, dropout_p, scale,
+        need_q=need_q, need_shared=need_shared, need_own=need_own and own_k is not None,
+    )  # fmt: skip
 
 
 @broadcast_attention_bwd.register_fake
-def _(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    own_k,
-    own_v,
-    out,
-    lse,
-    lse_correction,
-    lengths,
-    mask,
-    seed,
-    own_causal,
-    dropout_p,
-    scale,
-):  # type: ignore[no-untyped-def]
-    own = q.new_empty(0) if own_k is None else q.new_empty(own_k.shape)
-    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), own, torch.empty_like(own)
+def _(  # type: ignore[no-untyped-def]
+    dout, dlse, q, k, v, own_k, own_v, out, lse, lse_correction, lengths, mask, seed, own_causal, dropout_p, scale,
+    need_q, need_shared, need_own,
+):  # fmt: skip
+    def like(x, needed):  # type: ignore[no-untyped-def]
+        return q.new_empty(x.shape if needed and x is not None else (0,))
+
+    return like(q, need_q), like(k, need_shared), like(v, need_shared), like(own_k, need_own), like(own_v, need_own)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -107,27 +84,14 @@ def _backward(ctx, dout, dlse, _):  # type: ignore[no-untyped-def]
     q, k, v, own_k, own_v, out, lse, lse_correction, lengths, mask, seed = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    dq, dk, dv, down_k, down_v = broadcast_attention_bwd(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        own_k,
-        own_v,
-        out,
-        lse,
-        lse_correction,
-        lengths,
-        mask,
-        seed,
-        ctx.own_causal,
-        ctx.dropout_p,
-        ctx.scale,
-    )
-    if own_k is None:
-        down_k = down_v = None
-    return dq, dk, dv, down_k, down_v, None, None, None, None, None, None
+    needs = ctx.needs_input_grad
+    need_q, need_shared, need_own = needs[0], needs[1] or needs[2], needs[3] or needs[4]
+    gradients = broadcast_attention_bwd(
+        dout, dlse, q, k, v, own_k, own_v, out, lse, lse_correction, lengths, mask, seed,
+        ctx.own_causal, ctx.dropout_p, ctx.scale, need_q, need_shared, need_own,
+    )  # fmt: skip
+    asked = (need_q, need_shared, need_shared, need_own, need_own)
+    return *(x if wanted else None for x, wanted in zip(gradients, asked, strict=True)), *[None] * 6
 
 
 broadcast_attention_fwd.register_autograd(_backward, setup_context=_setup_context)

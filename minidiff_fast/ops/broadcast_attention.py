@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -81,6 +83,9 @@ def broadcast_attention(
         InvalidArgument: a shape, dtype, device or value is wrong; nothing has run.
         BackendUnavailable: the implementation asked for by name cannot run here.
 
+    Under ``torch.autocast`` the inputs are cast to its dtype first, as ``scaled_dot_product_attention`` does.
+    Tokens at and beyond ``lengths`` are never read: they may hold anything.
+
     Gradients: dk and dv sum over K and T in float32, in a fixed order (bitwise the same from run to run).
     Differentiable twice with ``impl="reference"`` only.
 
@@ -91,6 +96,12 @@ def broadcast_attention(
     >>> broadcast_attention(q, k, v, impl="reference").shape
     torch.Size([2, 5, 3, 4, 16])
     """
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return broadcast_attention(
+                *_autocast(q, k, v, own_k, own_v), lengths=lengths, mask=mask, own_causal=own_causal,
+                dropout_p=dropout_p, seed=seed, scale=scale, return_lse=return_lse, impl=impl,
+            )  # fmt: skip
     _check(q, k, v, own_k, own_v, lengths, mask, own_causal, dropout_p, seed, scale)
     chosen = backend.resolve(BACKENDS, impl, q.device, q.dtype)
     if dropout_p > 0.0 and seed is None:
@@ -118,6 +129,13 @@ def broadcast_attention(
     return AttentionOutput(out, lse) if return_lse else out
 
 
+def _autocast(q: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """The inputs in autocast's dtype for the device of q; float64 and integers stay."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+    lowered = (torch.float32, torch.float16, torch.bfloat16)
+    return [x.to(dtype) if x is not None and x.dtype in lowered else x for x in (q, *others)]
+
+
 def broadcast_attention_reference(
     q: Tensor,  # [B, K, T, H, D]
     k: Tensor,  # [B, S, Hkv, D]
@@ -135,7 +153,8 @@ def broadcast_attention_reference(
 ) -> Tensor | AttentionOutput:
     """The definition of :func:`broadcast_attention`: plain PyTorch, any dtype, differentiable any number of times.
 
-    Logits, softmax and log-sum-exp are float32 (float64 for float64 inputs); products are in the dtype of q.
+    Logits, softmax and log-sum-exp are float32 (float64 for float64 inputs); the weights are rounded to the dtype of q
+    before they meet v.
     """
     samples, tokens, heads, width = q.shape[1:]
     s, kv_heads = k.shape[1], k.shape[2]
@@ -143,21 +162,28 @@ def broadcast_attention_reference(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     scale = 1.0 / math.sqrt(width) if scale is None else scale
 
-    grouped = q.unflatten(3, (kv_heads, heads // kv_heads))  # [B, K, T, Hkv, G, D]
-    logits = torch.einsum("bkthgd,bshd->bkthgs", grouped, k).to(accumulate) * scale
-    visible = _visible_shared(q, s, lengths, mask)  # [B or 1, T or 1, S]
+    visible, blind = _visible_shared(q, s, p, lengths, mask)
+    if lengths is not None:  # 0 * NaN is NaN: what lies beyond the lengths must not reach a product
+        within = torch.arange(s, device=q.device) < lengths[:, None]
+        k, v = (x.masked_fill(~within[:, :, None, None], 0.0) for x in (k, v))
+
+    grouped = q.to(accumulate).unflatten(3, (kv_heads, heads // kv_heads)) * scale  # [B, K, T, Hkv, G, D]
+    logits = torch.einsum("bkthgd,bshd->bkthgs", grouped, k.to(accumulate))
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None, :, None, None, :], -math.inf)
     if own_k is not None:
-        own_logits = torch.einsum("bkthgd,bkphd->bkthgp", grouped, own_k).to(accumulate) * scale
+        own_logits = torch.einsum("bkthgd,bkphd->bkthgp", grouped, own_k.to(accumulate))
         if own_causal:
             future = torch.ones(tokens, p, dtype=torch.bool, device=q.device).triu(1)
             own_logits = own_logits.masked_fill(future[:, None, None, :], -math.inf)
         logits = torch.cat([logits, own_logits], dim=-1)  # [B, K, T, Hkv, G, S + P]
 
-    # A query that sees no token gives 0, not NaN, in the output and in every gradient.
-    blind = torch.isneginf(logits).all(-1, keepdim=True)
-    weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    if blind is not None:  # finite logits and no weight: no NaN, neither here nor in a gradient
+        blind = blind[:, None, :, None, None]  # [B or 1, 1, T or 1, 1, 1]
+        logits = logits.masked_fill(blind[..., None], 0.0)
+    weights = torch.softmax(logits, dim=-1)
+    if blind is not None:
+        weights = weights.masked_fill(blind[..., None], 0.0)
     if dropout_p > 0.0:
         if seed is None:
             seed = draw_dropout_seed(q.device)
@@ -170,17 +196,26 @@ def broadcast_attention_reference(
     out = out.flatten(3, 4)
     if not return_lse:
         return out
-    lse = torch.logsumexp(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind.squeeze(-1), -math.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    if blind is not None:
+        lse = lse.masked_fill(blind, -math.inf)
     return AttentionOutput(out, lse.flatten(3, 4))
 
 
-def _visible_shared(q: Tensor, s: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Which shared token which query may see, bool ``[B or 1, T or 1, S]``; None when all may see all."""
+def _visible_shared(
+    q: Tensor, s: int, p: int, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which shared token which query may see, bool ``[B or 1, T or 1, S]``, and which queries see no token at all, bool
+    ``[B or 1, T or 1]``; None for all and for none."""
     visible = None if mask is None else _explicit_mask(mask, q.shape[0], q.shape[2])
     if lengths is not None:
         within = (torch.arange(s, device=q.device) < lengths[:, None])[:, None, :]
         visible = within if visible is None else visible & within
-    return visible
+    if p > 0:  # own token 0 is visible to every query
+        return visible, None
+    if s == 0:
+        return visible, torch.ones(1, 1, dtype=torch.bool, device=q.device)
+    return visible, None if visible is None else ~visible.any(-1)
 
 
 def _dropout_kept(seed: Tensor, dropout_p: float, shape: tuple[int, ...]) -> Tensor:
@@ -203,10 +238,10 @@ def _explicit_mask(mask: Tensor, batch: int, tokens: int) -> Tensor:
     return mask[None] if mask.shape[0] == tokens else mask[:, None]
 
 
-def _check_mask(mask: Tensor, q: Tensor, s: int, context: str) -> None:
+def _check_mask(mask: Tensor, q: Tensor, s: int, context: Callable[[], str]) -> None:
     batch, tokens = q.shape[0], q.shape[2]
     if mask.dtype != torch.bool:
-        raise InvalidArgument(f"{NAME}: mask must be boolean (True = may be seen), got {mask.dtype} ({context})")
+        raise InvalidArgument(f"{NAME}: mask must be boolean (True = may be seen), got {mask.dtype} ({context()})")
     if mask.device != q.device:
         raise InvalidArgument(f"{NAME}: mask must be on the device of q, {q.device}, got {mask.device}")
     shape = tuple(mask.shape)
@@ -215,7 +250,7 @@ def _check_mask(mask: Tensor, q: Tensor, s: int, context: str) -> None:
     if not (fits_2d or fits_3d):
         raise InvalidArgument(
             f"{NAME}: mask must be [T, S] = [{tokens}, {s}], [B, S] = [{batch}, {s}] or [B or 1, T or 1, S], "
-            f"got {list(shape)} ({context})"
+            f"got {list(shape)} ({context()})"
         )
     if fits_2d and batch == tokens and batch > 1:
         raise InvalidArgument(
@@ -229,7 +264,7 @@ def _check(
     mask: Tensor | None, own_causal: bool, dropout_p: float, seed: Tensor | None, scale: float | None,
 ) -> None:  # fmt: skip
     """Every check, from metadata only: nothing here waits for the device."""
-    context = describe(q=q, k=k, v=v, own_k=own_k, own_v=own_v)
+    context = partial(describe, q=q, k=k, v=v, own_k=own_k, own_v=own_v)
     check_shape(NAME, "q", q, ["B", "K", "T", "H", "D"], "[B, K, T, H, D]", context)
     batch, samples, tokens, heads, width = q.shape
     check_shape(NAME, "k", k, [batch, "S", "Hkv", width], "[B, S, Hkv, D]", context)
@@ -239,9 +274,9 @@ def _check(
         raise InvalidArgument(f"{NAME}: q must be a floating-point tensor, got {q.dtype}")
     check_same(NAME, "q", q, k=k, v=v, own_k=own_k, own_v=own_v)
     if not 8 <= width <= 256:
-        raise InvalidArgument(f"{NAME}: the head dimension D must be from 8 to 256, got {width} ({context})")
+        raise InvalidArgument(f"{NAME}: the head dimension D must be from 8 to 256, got {width} ({context()})")
     if kv_heads < 1 or heads % kv_heads:
-        raise InvalidArgument(f"{NAME}: Hkv must divide H = {heads}, got Hkv = {kv_heads} ({context})")
+        raise InvalidArgument(f"{NAME}: Hkv must divide H = {heads}, got Hkv = {kv_heads} ({context()})")
     if (own_k is None) != (own_v is None):
         given, missing = ("own_k", "own_v") if own_v is None else ("own_v", "own_k")
         raise InvalidArgument(f"{NAME}: {given} came without {missing}; give both or neither")
@@ -249,7 +284,7 @@ def _check(
         check_shape(NAME, "own_k", own_k, [batch, samples, "P", kv_heads, width], "[B, K, P, Hkv, D]", context)
         check_shape(NAME, "own_v", own_v, list(own_k.shape), "[B, K, P, Hkv, D]", context)
         if own_causal and own_k.shape[2] != tokens:
-            raise InvalidArgument(f"{NAME}: own_causal needs P = T = {tokens}, got P = {own_k.shape[2]} ({context})")
+            raise InvalidArgument(f"{NAME}: own_causal needs P = T = {tokens}, got P = {own_k.shape[2]} ({context()})")
     elif own_causal:
         raise InvalidArgument(f"{NAME}: own_causal is about own tokens, and own_k is None")
     if lengths is not None:
@@ -260,6 +295,11 @@ def _check(
             )
     if mask is not None:
         _check_mask(mask, q, s, context)
+    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
+        if number is not None and not isinstance(number, (int, float)):
+            raise InvalidArgument(
+                f"{NAME}: {name} must be a number, got {type(number).__name__} (a learned scale goes into q)"
+            )
     if not 0.0 <= dropout_p < 1.0:
         raise InvalidArgument(f"{NAME}: dropout_p must be in [0, 1), got {dropout_p}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):

@@ -86,7 +86,7 @@ class CheckpointStore:
         import torch
 
         save_file = require("safetensors.torch", extra="train").save_file
-        name = f"step_{step:08d}"
+        name = self.path(step).name
         temporary = self.root / f".{name}.{os.getpid()}.tmp"
         config = {
             "format": FORMAT, "library": __version__, "task": "pusht", "step": step,
@@ -114,9 +114,9 @@ class CheckpointStore:
             ) from error
         return self.root / name
 
-    def mark_best(self, step: int) -> None:
-        """Point ``best`` to the checkpoint of a step that has been saved."""
-        self._point("best", f"step_{step:08d}")
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.root / f"step_{step:08d}"
 
     def _move(self, temporary: Path, target: Path) -> None:
         # A checkpoint of this step can be there when a run died before `last` named it and was resumed from

@@ -58,7 +58,7 @@ class TrainConfig:
     """Peak learning rate of AdamW; cosine decay to 0."""
     weight_decay: float = 1e-3
     """Of the weights of linear and attention layers."""
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     """Steps over which the learning rate rises from 0."""
     ema_power: float = 0.75
     """The average of the weights forgets with 1 - (1 + step) ** -power, at most 0.9999."""

@@ -325,9 +325,12 @@ class _Trainer:
         self._flush()  # no checkpoint from a loss that is not finite
         orders = gather(self.accelerator, self.order.state_dict())
         randoms = gather(self.accelerator, random_state())
-        self.saved_step = self.step
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write(orders, randoms, best)
+        self.saved, self.saved_step = self.store.path(self.step), self.step
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, orders: list[Any], randoms: list[Any], best: bool) -> None:
         shadow = self.ema.shadow_params
         names = [name for name, _ in self.policy.named_parameters()]
         model = self.policy.state_dict()
@@ -343,7 +346,7 @@ class _Trainer:
             "randoms": randoms,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        self.saved = self.store.save(
+        self.store.save(
             self.step,
             policy=self.config.policy,
             train=self.config.to_dict(),

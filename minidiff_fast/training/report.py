@@ -131,8 +131,8 @@ def _draw_report(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, 
     sheet = folder / CONTACT_SHEET
     picture = image.imread(sheet) if sheet.is_file() else None
     below = 0.0 if picture is None else 10.0 * picture.shape[0] / picture.shape[1]
-    figure = _new_figure((10.0, 6.2 + below))
-    grid = figure.add_gridspec(3 if below else 2, 2, height_ratios=[2.6, 3.6, *([below] if below else [])])
+    figure = _new_figure((10.0, 5.5 + below))
+    grid = figure.add_gridspec(3 if below else 2, 2, height_ratios=[1.9, 3.6, *([below] if below else [])])
     for column, (title, table) in enumerate((("result", facts), ("options", options))):
         axes = figure.add_subplot(grid[0, column])
         axes.axis("off")

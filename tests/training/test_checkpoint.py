@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("safetensors")
-
 from minidiff_fast.errors import CheckpointError, RunFolderError
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
 from minidiff_fast.policy import DiffusionPolicy
@@ -25,6 +23,8 @@ from minidiff_fast.training.checkpoint import (
     load_weights,
     read_info,
 )
+
+pytest.importorskip("safetensors")
 
 TINY = PolicyConfig(encoder_width=8, encoder_blocks=1, hidden_dim=16, n_blocks=1)
 

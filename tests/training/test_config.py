@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig
 from minidiff_fast.training.config import Interval, TrainConfig, parse_duration, parse_interval
 

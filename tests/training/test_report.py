@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("safetensors")
-image = pytest.importorskip("PIL.Image")
-
 import torch
+
 from minidiff_fast.errors import CheckpointError, RunFolderError
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
 from minidiff_fast.tasks.pusht.policy import PolicyConfig, build_policy
@@ -20,6 +16,10 @@ from minidiff_fast.training import report
 from minidiff_fast.training.checkpoint import CheckpointStore
 from minidiff_fast.training.config import TrainConfig
 from minidiff_fast.training.metrics import MetricsFile, read_metrics
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+image = pytest.importorskip("PIL.Image")
 
 TINY = PolicyConfig(encoder_width=8, encoder_blocks=1, hidden_dim=16, n_blocks=1)
 

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-for name in ("accelerate", "diffusers", "tqdm", "safetensors"):
-    pytest.importorskip(name)
-
 from minidiff_fast.errors import CheckpointError
 from minidiff_fast.tasks.pusht.policy import PolicyConfig, PushTActor, build_scheduler
 from minidiff_fast.training.checkpoint import find_checkpoint, load_policy, load_state
@@ -22,6 +19,9 @@ from minidiff_fast.training.metrics import read_metrics
 from minidiff_fast.training.order import DataOrder
 from minidiff_fast.training.pusht import train_pusht
 from minidiff_fast.training.runtime import Interrupted
+
+for name in ("accelerate", "diffusers", "tqdm", "safetensors"):
+    pytest.importorskip(name)
 
 TINY = PolicyConfig(encoder_width=16, encoder_blocks=1, hidden_dim=32, n_blocks=1)
 TINY_TRANSFORMER = PolicyConfig(

@@ -75,7 +75,10 @@ def run_episode(seed: int, max_steps: int = 300, disturbed: bool = False) -> Dem
         info = {"coverage": env.coverage()}
     states, actions, coverage = [], [], float(info["coverage"])
     for _ in range(max_steps):
-        action = expert.act(env)
+        try:
+            action = expert.act(env)
+        except InvalidArgument:  # no contact point can be reached: an unsolved episode, not the end of the others
+            break
         states.append(observation)
         actions.append(action)
         observation, _, done, _, info = env.step(action)
@@ -83,7 +86,11 @@ def run_episode(seed: int, max_steps: int = 300, disturbed: bool = False) -> Dem
         if done:
             break
     return DemoEpisode(
-        seed, disturbed, np.array(states, dtype=np.float32), np.array(actions, dtype=np.float32), coverage
+        seed=seed,
+        disturbed=disturbed,
+        state=np.array(states, dtype=np.float32).reshape(-1, 5),
+        action=np.array(actions, dtype=np.float32).reshape(-1, 2),
+        coverage=coverage,
     )
 
 
@@ -159,8 +166,7 @@ def generate_demos(
     kept: list[DemoEpisode] = []
     attempted = 0
     for wanted, flag in ((episodes, False), (total, True)):
-        limit = 2 * (wanted - len(kept)) + 2 if wanted > len(kept) else 0
-        for episode in _episodes(seed + attempted, limit, workers, max_steps, flag):
+        for episode in _episodes(seed + attempted, wanted - len(kept), workers, max_steps, flag):
             attempted += 1
             if episode.solved:
                 kept.append(episode)
@@ -187,23 +193,28 @@ def _run(task: tuple[int, int, bool]) -> DemoEpisode:
     return run_episode(*task)
 
 
-def _episodes(seed: int, count: int, workers: int, max_steps: int, disturbed: bool) -> Iterator[DemoEpisode]:
-    """Episodes in the order of their seeds."""
-    if workers == 1 or count == 0:
+def _episodes(seed: int, wanted: int, workers: int, max_steps: int, disturbed: bool) -> Iterator[DemoEpisode]:
+    """Episodes in the order of their seeds, twice as many as are wanted and two more."""
+    if wanted == 0:
+        return
+    count = 2 * wanted + 2
+    if workers == 1:
         for index in range(count):
             yield run_episode(seed + index, max_steps, disturbed)
         return
     # spawn: a forked copy of a process with running threads (torch, a progress bar) can hang
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        window = 4 * workers  # ahead of the reader: little is computed in vain when enough are solved
-        futures = [pool.submit(_run, (seed + index, max_steps, disturbed)) for index in range(min(window, count))]
+        window = min(4 * workers, wanted)  # what is begun ahead is in vain once enough are solved
+        futures = [pool.submit(_run, (seed + index, max_steps, disturbed)) for index in range(window)]
         try:
             for index in range(count):
+                if index == len(futures):  # the last one begun was not solved, and nothing is under way
+                    futures.append(pool.submit(_run, (seed + index, max_steps, disturbed)))
                 episode = futures[index].result()
-                following = len(futures)
-                if following < count:
-                    futures.append(pool.submit(_run, (seed + following, max_steps, disturbed)))
                 yield episode
+                following = len(futures)
+                if following < wanted or (not episode.solved and following < count):
+                    futures.append(pool.submit(_run, (seed + following, max_steps, disturbed)))
         finally:
             for future in futures:
                 future.cancel()
