@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,6 +110,58 @@ def test_loss_scale_scales_every_gradient():
         torch.testing.assert_close(a, 8 * b)
 
 
+def _float32_batch(K: int) -> Level2Batch:
+    drawn = batch_of(B=2, K=K)
+    obs = {"state": drawn.obs["state"].float()}
+    return Level2Batch(obs, drawn.actions.float(), drawn.timesteps, drawn.noise.float())
+
+
+def test_sixteen_bit_caches_gather_in_float32():
+    """Under autocast the cache is bfloat16; 64 chunks must not cost the condition's gradient its precision."""
+
+    def gradient(chunk: int | None) -> Tensor:
+        policy = TinyPolicy(dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            level2_step(policy, OBJECTIVE, _float32_batch(64), chunk=chunk)
+        return policy.encoder.weight.grad
+
+    whole = gradient(None)
+    for chunk in (1, 8):
+        assert (gradient(chunk) - whole).norm() <= 0.01 * whole.norm()
+
+
+def test_backward_runs_outside_autocast():
+    seen = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return gradient
+
+    policy = TinyPolicy(dtype=torch.float32)
+    inner = policy.denoise
+    policy.denoise = lambda cache, x, t: Probe.apply(inner(cache, x, t))  # type: ignore[method-assign]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        level2_step(policy, OBJECTIVE, _float32_batch(6), chunk=3)
+    assert seen == [False, False]
+
+
+def test_a_compiled_policy_runs_compiled():
+    frames = CompileCounter()
+    plain, inner = TinyPolicy(), TinyPolicy()
+    torch._dynamo.reset()
+    level2_step(torch.compile(inner, backend=frames), OBJECTIVE, batch_of(), chunk=3)
+    assert frames.frame_count >= 1 and inner.encodes == 1
+    level2_step(plain, OBJECTIVE, batch_of(), chunk=3)
+    for a, b in zip(gradients(inner), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_frozen_encoder_and_cache_without_gradient():
     batch, policy, whole = batch_of(), TinyPolicy(), TinyPolicy()
     for p in [*policy.encoder.parameters(), *whole.encoder.parameters()]:
@@ -174,6 +227,15 @@ def test_bad_input():
         Level2Batch(batch.obs, batch.actions, batch.timesteps, batch.noise, weight=torch.ones(3))
     with pytest.raises(InvalidArgument, match=r"actions must be \[B, T, A\], got \[3, 8\]"):
         Level2Batch.draw(batch.obs, batch.actions.flatten(1), 2, OBJECTIVE)
+    with pytest.raises(InvalidArgument, match="mask must be boolean .True = counts., got torch.float32"):
+        Level2Batch(batch.obs, batch.actions, batch.timesteps, batch.noise, mask=torch.ones(3, 4))
+    with pytest.raises(InvalidArgument, match="noise must be on the device of actions, cpu, got meta"):
+        Level2Batch(batch.obs, batch.actions, batch.timesteps, batch.noise.to("meta"))
+    with pytest.raises(InvalidArgument, match="call it with gradients enabled"), torch.no_grad():
+        level2_step(TinyPolicy(), OBJECTIVE, batch)
+    sharded = type("FullyShardedDataParallel", (TinyPolicy,), {})()
+    with pytest.raises(InvalidArgument, match="must not be wrapped in FSDP"):
+        level2_step(sharded, OBJECTIVE, batch)
     wrong = TinyPolicy()
     wrong.encode = lambda obs: obs["state"][:2]  # type: ignore[method-assign]
     with pytest.raises(InvalidArgument, match=r"leading dimension B = 3, got a tensor of shape \[2, 5\]"):

@@ -78,6 +78,31 @@ def test_samples_of_one_condition_differ_and_the_generator_decides():
     assert not torch.equal(run(1)[:, 0], run(1)[:, 1])
 
 
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_a_sample_does_not_depend_on_its_siblings(kind):
+    """Dynamic thresholding takes a quantile over what the scheduler sees as one sample."""
+
+    class Wild(Oracle):
+        wild = 0.0
+
+        def denoise(self, cache: Tensor, x: Tensor, t: Tensor) -> Tensor:
+            return x + 100.0 * torch.arange(x.shape[1])[None, :, None, None] * self.wild
+
+    cls = diffusers.DDPMScheduler if kind == "ddpm" else diffusers.DDIMScheduler
+
+    def run(wild: float) -> Tensor:
+        policy = Wild(torch.zeros(2, T, A), "sample")
+        policy.wild = wild
+        scheduler = cls(100, prediction_type="sample", thresholding=True, clip_sample=False)
+        return sample_actions(
+            policy, torch.zeros(2, 1), scheduler, num_inference_steps=4, shape=(T, A), k=3,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    calm, wild = run(0.0), run(1.0)
+    assert torch.equal(calm[:, 0], wild[:, 0]) and not torch.equal(calm[:, 2], wild[:, 2])
+
+
 def test_bad_input():
     policy, scheduler = Oracle(torch.zeros(2, T, A), "sample"), scheduler_of("ddim", "sample")
     for options, message in [
@@ -89,4 +114,7 @@ def test_bad_input():
             sample_actions(
                 policy, torch.zeros(2, 1), scheduler, **{"num_inference_steps": 5, "shape": (T, A), **options}
             )
+    policy.training = True  # type: ignore[attr-defined]
+    with pytest.raises(InvalidArgument, match="policy is in training mode.*call policy.eval"):
+        sample_actions(policy, torch.zeros(2, 1), scheduler, num_inference_steps=5, shape=(T, A))
     assert policy.encodes == 0

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from minidiff_fast.errors import BackendUnavailable, InvalidArgument
@@ -171,10 +172,11 @@ def test_empty_axes(shape, impl):
 def test_opcheck(options, own):
     inputs = tensors(P=own, dtype=torch.float32, grad=True)
     options = {n: x.to(DEVICE) if isinstance(x, Tensor) else x for n, x in options.items()}
+    mask = torch.rand(1, 4, 5, device=DEVICE) > 0.2 if options else None
     arguments = (
         *inputs,
         options.get("lengths"),
-        None,
+        mask,
         options.get("seed"),
         False,
         options.get("dropout_p", 0.0),
@@ -195,6 +197,110 @@ def test_compiles_without_graph_breaks(impl):
     compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), inputs)
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["reference", KERNEL])
+def test_compiles_once_for_changing_shapes(impl):
+    frames = CompileCounter()
+
+    def run(q, k, v, own_k, own_v):
+        return broadcast_attention(q, k, v, own_k, own_v, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=frames)
+    for B, K, S in [(2, 3, 5), (3, 4, 6), (5, 2, 9), (4, 7, 11)]:
+        inputs = tensors(B=B, K=K, S=S, dtype=torch.float32)
+        torch.testing.assert_close(compiled(*inputs), run(*inputs))
+    assert frames.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["reference", KERNEL])
+def test_autocast_lowers_every_input(impl):
+    """As scaled_dot_product_attention does: a 16-bit q may meet a float32 k, when only q went through a Linear."""
+    q, k, v, own_k, own_v = tensors(dtype=torch.float32)
+    low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
+    with torch.autocast(DEVICE, dtype=low):
+        mixed = broadcast_attention(q.to(low), k, v, own_k, own_v, impl="reference")
+        out = broadcast_attention(q, k, v, own_k, own_v, impl=impl)
+        assert broadcast_attention(q.double(), k.double(), v.double(), impl="reference").dtype == torch.float64
+    assert out.dtype == mixed.dtype == low
+    expected = broadcast_attention(*(x.to(low) for x in (q, k, v, own_k, own_v)), impl=impl)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", KERNEL])
+def test_what_lies_beyond_the_lengths_is_never_read(impl):
+    q, k, v, own_k, own_v = tensors(dtype=torch.float32)
+    lengths = torch.tensor([2, 4], device=DEVICE)
+    clean = broadcast_attention(q, k, v, own_k, own_v, lengths=lengths, impl=impl)
+    dirty_k, dirty_v = k.clone(), v.clone()
+    for b, length in enumerate(lengths.tolist()):
+        dirty_k[b, length:], dirty_v[b, length:] = math.nan, math.inf
+    leaves = [x.requires_grad_() for x in (q, dirty_k, dirty_v, own_k, own_v)]
+    out = broadcast_attention(*leaves, lengths=lengths, impl=impl)
+    torch.testing.assert_close(out, clean)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("impl", ["reference", KERNEL])
+def test_a_nan_gradient_of_a_blind_lse_stays_where_it_is(impl):
+    """logaddexp of two log-sum-exps that are both -inf has a NaN gradient; the tokens must not get it."""
+    q, k, v, _, _ = tensors(P=0, dtype=torch.float32, grad=True)
+    lengths = torch.tensor([0, 3], device=DEVICE)
+    result = broadcast_attention(q, k, v, lengths=lengths, return_lse=True, impl=impl)
+    upstream = torch.where(torch.isinf(result.lse), math.nan, 1.0)
+    gradients = torch.autograd.grad([result.out, result.lse], (q, k, v), [torch.ones_like(result.out), upstream])
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("impl", ["reference", KERNEL])
+def test_float16_logits_do_not_overflow_into_blindness(impl):
+    q = torch.full((1, 1, 1, 1, 64), 40.0, dtype=torch.float16, device=DEVICE)
+    k = torch.full((1, 1, 1, 64), -40.0, dtype=torch.float16, device=DEVICE)  # q . k = -102,400, over float16
+    out = broadcast_attention(q, k, torch.ones_like(k), impl=impl)
+    assert torch.equal(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (3, 4), (2,)], ids=str)
+def test_only_the_gradients_that_are_asked_for(wanted, monkeypatch):
+    from minidiff_fast.ops import _broadcast_attention_launch as launcher
+
+    launched = []
+    for name in ("_launch_dq", "_launch_dkdv"):
+        real = getattr(launcher, name)
+
+        def spy(*args, _name=name, _real=real, **kwargs):
+            launched.append((_name, kwargs.get("own")))
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(launcher, name, spy)
+    inputs = tensors(dtype=torch.float32, grad=True)
+    every = torch.autograd.grad(broadcast_attention(*inputs, impl=KERNEL).sum(), inputs)
+    assert sorted(launched, key=str) == [("_launch_dkdv", False), ("_launch_dkdv", True), ("_launch_dq", None)]
+    launched.clear()
+    some = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    got = torch.autograd.grad(broadcast_attention(*some, impl=KERNEL).sum(), [some[i] for i in wanted])
+    assert all(torch.equal(every[i], g) for i, g in zip(wanted, got, strict=True))
+    kind = {0: ("_launch_dq", None), 1: ("_launch_dkdv", False), 2: ("_launch_dkdv", False), 3: ("_launch_dkdv", True)}
+    assert launched == [kind[wanted[0]]]
+
+
+def test_float32_products_follow_every_switch_of_torch():
+    from minidiff_fast.ops._broadcast_attention_launch import _precision
+
+    x = torch.zeros(1)
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        for switch, expected in [("highest", "ieee"), ("high", "tf32")]:
+            torch.set_float32_matmul_precision(switch)
+            assert _precision(x) == expected and _precision(x.half()) == "ieee"
+        matmul.fp32_precision = "ieee"
+        assert _precision(x) == "ieee"
+        matmul.fp32_precision = "tf32"
+        assert _precision(x) == "tf32"
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
 
 
 def saved_bytes(run, *leaves: Tensor) -> dict[int, int]:
@@ -247,6 +353,7 @@ BAD = {
     "mask shape": (lambda q, k, v, ok, ov: (q, k, v), {"mask": torch.ones(5, 4, dtype=torch.bool)}, r"mask must be \[T, S\] = \[4, 5\]"),
     "dropout": (lambda q, k, v, ok, ov: (q, k, v), {"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     "seed": (lambda q, k, v, ok, ov: (q, k, v), {"dropout_p": 0.1, "seed": torch.ones(2)}, r"seed must be \[1\] int64"),
+    "learned scale": (lambda q, k, v, ok, ov: (q, k, v), {"scale": torch.tensor(0.5)}, "scale must be a number, got Tensor .a learned scale goes into q"),
     "scale": (lambda q, k, v, ok, ov: (q, k, v), {"scale": math.nan}, "scale must be a finite number"),
     "impl": (lambda q, k, v, ok, ov: (q, k, v), {"impl": "cuda"}, "impl must be one of"),
 }  # fmt: skip
