@@ -35,7 +35,7 @@ def _tile(size: int, largest: int) -> int:
 
 
 def choose_config(
-    kernel: str, rows: int, keys: int, own_span: int, block_d: int, element_size: int, *, hip: bool
+    kernel: str, rows: int, keys: int, own_span: int, block_d: int, element_size: int, *, dropout: bool, hip: bool
 ) -> LaunchConfig:
     """The heuristic launch configuration.
 
@@ -46,6 +46,7 @@ def choose_config(
         own_span: own keys that a tile of rows can see at most.
         block_d: head dimension, rounded up to a power of two.
         element_size: bytes per element.
+        dropout: the random words and the weights live side by side: smaller tiles for wide heads.
         hip: ROCm: 64 KiB of shared memory, so no software pipelining of large tiles.
     """
     forward = kernel == "forward"
@@ -54,9 +55,9 @@ def choose_config(
     elif block_d <= 64:
         largest_m, largest_n = (128 if forward else 64), 64
     elif block_d <= 128:
-        largest_m, largest_n = 64, (64 if forward else 32)
+        largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
-        largest_m, largest_n = (64 if forward else 32), 32
+        largest_m, largest_n = (64 if forward and not dropout else 32), 32
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
     block_p = _tile(own_span, largest_n)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
@@ -113,7 +114,16 @@ class _Problem:
         return min(self.samples, (block_m - 1) // (self.tokens * self.group) + 2) * self.own
 
     def config(self, kernel: str, q: Tensor, keys: int) -> LaunchConfig:
-        return choose_config(kernel, self.rows, keys, self.own_span(64), self.block_d, q.element_size(), hip=HIP)
+        return choose_config(
+            kernel,
+            self.rows,
+            keys,
+            self.own_span(64),
+            self.block_d,
+            q.element_size(),
+            dropout=self.dropout_p > 0.0,
+            hip=HIP,
+        )
 
 
 def _problem(q: Tensor, k: Tensor, own_k: Tensor | None, dropout_p: float, scale: float) -> _Problem:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 OFFLINE = Path(__file__).resolve().parents[2] / "bench" / "offline.py"
-CASES = ["minidiffuser-neck", "pusht-transformer-dropout", "smolvla-joint", "pi0-joint"]
+CASES = ["minidiffuser-neck", "dropout-128", "smolvla-joint", "pi0-joint"]
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
