@@ -91,7 +91,11 @@ def _load_keys(
         offset = (keys // P).to(tl.int64) * stride_k + (keys % P).to(tl.int64) * stride_s
     else:
         offset = keys.to(tl.int64) * stride_s
-    return tl.load(base + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(
+        base + offset[:, None] + d.to(tl.int64)[None, :] * stride_d,
+        mask=key_mask[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit

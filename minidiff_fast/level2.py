@@ -177,7 +177,7 @@ def level2_step(
         raise InvalidArgument("level2_step runs a backward pass: call it with gradients enabled")
     scale = loss_scale if loss_scale is not None else _identity
     bare, parallel = _unwrap(policy)
-    denoise = bare.denoise if policy is bare else policy
+    denoise: Any = bare.denoise if policy is bare else policy
     total = batch.timesteps.numel()
 
     cache = bare.encode(batch.obs)

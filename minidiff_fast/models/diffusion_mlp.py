@@ -104,7 +104,7 @@ class DiffusionMLP(nn.Module):
         cond: Tensor,  # [B, To, Dc]
     ) -> ConditionFeatures:
         """The condition's share of the first layer, once for all its samples."""
-        expected = ["B", self.n_obs_steps, self.cond_dim]
+        expected: list[int | str] = ["B", self.n_obs_steps, self.cond_dim]
         check_shape(NAME, "cond", cond, expected, "[B, To, Dc]", partial(describe, cond=cond))
         return ConditionFeatures(self.cond_encoder(cond.flatten(1)))
 
@@ -117,7 +117,7 @@ class DiffusionMLP(nn.Module):
         """Predict for K samples of each condition, each with its own timestep."""
         context = partial(describe, sample=sample, timestep=timestep, memory=memory.hidden)
         batch = memory.hidden.shape[0]
-        expected = [batch, "K", self.horizon, self.input_dim]
+        expected: list[int | str] = [batch, "K", self.horizon, self.input_dim]
         check_shape(NAME, "sample", sample, expected, "[B, K, T, Da]", context)
         check_shape(NAME, "timestep", timestep, list(sample.shape[:2]), "[B, K]", context)
         time = timestep_embedding(timestep, self.time_dim).to(sample.dtype)

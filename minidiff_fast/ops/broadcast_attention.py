@@ -97,10 +97,13 @@ def broadcast_attention(
     torch.Size([2, 5, 3, 4, 16])
     """
     if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
         with torch.autocast(q.device.type, enabled=False):
             return broadcast_attention(
-                *_autocast(q, k, v, own_k, own_v), lengths=lengths, mask=mask, own_causal=own_causal,
-                dropout_p=dropout_p, seed=seed, scale=scale, return_lse=return_lse, impl=impl,
+                _lowered(q, dtype), _lowered(k, dtype), _lowered(v, dtype),
+                None if own_k is None else _lowered(own_k, dtype), None if own_v is None else _lowered(own_v, dtype),
+                lengths=lengths, mask=mask, own_causal=own_causal, dropout_p=dropout_p, seed=seed, scale=scale,
+                return_lse=return_lse, impl=impl,
             )  # fmt: skip
     _check(q, k, v, own_k, own_v, lengths, mask, own_causal, dropout_p, seed, scale)
     chosen = backend.resolve(BACKENDS, impl, q.device, q.dtype)
@@ -129,11 +132,9 @@ def broadcast_attention(
     return AttentionOutput(out, lse) if return_lse else out
 
 
-def _autocast(q: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """The inputs in autocast's dtype for the device of q; float64 and integers stay."""
-    dtype = torch.get_autocast_dtype(q.device.type)
-    lowered = (torch.float32, torch.float16, torch.bfloat16)
-    return [x.to(dtype) if x is not None and x.dtype in lowered else x for x in (q, *others)]
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an input: 16 and 32-bit floats take its dtype, the others stay."""
+    return x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
 
 
 def broadcast_attention_reference(
