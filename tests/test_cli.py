@@ -252,6 +252,24 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / last / "state.pt").is_file()
 
 
+@pytest.mark.parametrize("denoiser", ["mlp", "transformer"])
+def test_images_train_and_act(tmp_path: Path, capsys: pytest.CaptureFixture[str], denoiser: str) -> None:
+    """A few steps from the camera, the frames in a second file beside the first."""
+    pytest.importorskip("transformers")
+    source = data(tmp_path / "walks.npz")
+    frames = np.random.default_rng(1).integers(0, 256, (60, 96, 96, 3), dtype=np.uint8)
+    np.savez(tmp_path / "walks_img.npz", img=frames)
+    run = str(tmp_path / "run")
+    small = ["--batch-size", "2", "--l2-batch", "3", "--num-inference-steps", "2", "--device", "cpu", *TINY]
+    arguments = ["train", "pusht", "--data", source, "--obs", "image", "--denoiser", denoiser, "--out", run]
+    assert cli.main([*arguments, "--max-steps", "3", "--eval-every", "none", *small, *QUIET]) == 0
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in losses if row["kind"] == "train")
+    capsys.readouterr()
+    assert cli.main(["eval", "pusht", "--checkpoint", run, "--episodes", "1", "--max-steps", "8", "--no-progress"]) == 0
+    assert "mean score" in capsys.readouterr().out
+
+
 def test_demos_writes_solved_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demos.npz"
     assert cli.main(["demos", "pusht", "--episodes", "1", "--seed", "0", "--out", str(out), "--no-progress"]) == 0
