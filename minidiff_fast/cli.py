@@ -69,7 +69,9 @@ class DemosConfig:
     out: str = "pusht_demos.npz"
     """File to write, .npz; must not exist."""
     episodes: int = 200
-    """Solved episodes to write."""
+    """Solved episodes to write, from the environment's own starts."""
+    disturbed: int = 0
+    """Further solved episodes, from starts where random pushes have moved the block to."""
     seed: int = 0
     """First start; evaluation uses 100000 and up."""
     workers: int = 1
@@ -248,6 +250,7 @@ def run_demos(config: DemosConfig) -> int:
         config.out,
         config.workers,
         config.progress,
+        disturbed=config.disturbed,
         max_steps=config.max_steps,
     )
     print(f"{report.path}: {report.episodes} episodes, {report.steps} steps; {report.attempted} starts tried")

@@ -1,5 +1,9 @@
 """Push-T: push a T-shaped block onto its goal pose (Florence et al., 2021; Chi et al., 2023).
 
 ``env`` is the environment, ``expert`` a planner that solves it, ``demos`` makes demonstrations with the
-expert, and ``demonstrations.npz`` is a set of them. Importing this package imports nothing.
+expert, and ``demonstrations.npz`` is a set of them: 700 solved episodes that
+
+    minidiff-fast demos pusht --episodes 500 --disturbed 200 --seed 0 --workers 2 --out demonstrations.npz
+
+makes again, to the last bit on the same versions. Importing this package imports nothing.
 """
