@@ -63,8 +63,9 @@ def choose_config(
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
-    # Pipelining holds the next tiles' addresses in registers: too many in dkdv and for float32.
-    num_stages = 1 if hip or kernel == "dkdv" or element_size == 4 else 2
+    # Pipelining holds the next tiles' addresses in registers: too many in these.
+    crowded = kernel == "dkdv" or element_size == 4 or (kernel == "dq" and dropout)
+    num_stages = 1 if hip or crowded else 2
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages)
 
 

@@ -62,7 +62,9 @@ def check(B, K, T, S, P, H, Hkv, D, dtype=torch.float32, **options) -> None:
 
 SIZES = [
     # B, K, T, S, P, H, Hkv, D: ones, primes, one off every block boundary
-    (1, 1, 1, 2, 0, 1, 1, 8),
+    (1, 1, 5, 7, 0, 1, 1, 8),
+    (2, 6, 1, 6, 1, 3, 1, 8),
+    (3, 7, 3, 1, 2, 2, 2, 9),
     (2, 3, 5, 7, 3, 4, 2, 12),
     (1, 2, 3, 17, 1, 3, 3, 15),
     (3, 1, 2, 16, 2, 2, 1, 18),
@@ -118,6 +120,18 @@ def test_widest_head_with_own_tokens(dtype):
     """In 16 bits only: for the two own keys the float32 reference sums its 256 products in several lanes, to a third
     of the error of one running sum, which is how a matrix tile sums; the budget then asks for better than float32."""
     check(1, 13, 5, 20, 2, 2, 1, 256, dtype=dtype)
+
+
+def test_all_ones():
+    """One query, one own key beside one shared key: every axis 1. The budget scales with the largest element, and one
+    query's gradient can cancel to less than its terms; here the bound is on the terms."""
+    leaves = leaves_of(1, 1, 1, 1, 1, 1, 1, 8, torch.float32)
+    dout, dlse = torch.ones_like(leaves[0]), torch.ones_like(leaves[0][..., 0])
+    exact = evaluate(leaves, torch.float64, "reference", dout, dlse, {})
+    ours = evaluate(leaves, torch.float32, "triton", dout, dlse, {})
+    largest = max(x.abs().max().item() for x in leaves if x is not None)
+    for want, got in zip(exact, ours, strict=True):
+        assert (got.double() - want).abs().max() <= 4 * torch.finfo(torch.float32).eps * 8 * largest**2
 
 
 def test_a_single_key():

@@ -538,7 +538,8 @@ def test_embedded_demonstrations() -> None:
     data = load_pusht(None)
     assert data.source == data_module.EMBEDDED
     assert data.n_episodes >= 10 and data.n_steps >= 1000
-    assert data.state[:, :4].min() > 0 and data.state[:, :4].max() < 512
+    # Disturbed starts reach the walls, and the agent, which is kinematic, a little beyond them.
+    assert data.state[:, :4].min() > -20 and data.state[:, :4].max() < 532
     for obs in ("state", "keypoints"):
         assert len(PushTWindows(data, obs=obs)) > 0  # type: ignore[arg-type]
 
