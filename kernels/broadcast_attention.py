@@ -51,16 +51,7 @@ def _program_coordinates(blocks, heads):
 
 @triton.jit
 def _load_rows(
-    base,
-    rows,
-    row_mask,
-    T,
-    stride_k,
-    stride_t,
-    stride_h,
-    stride_d,
-    G: tl.constexpr,
-    D: tl.constexpr,
+    base, rows, row_mask, T, stride_k, stride_t, stride_h, stride_d, G: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Rows [M] of a per-sample tensor -> [M, BLOCK_D], zero outside."""
@@ -74,16 +65,7 @@ def _load_rows(
 
 @triton.jit
 def _load_keys(
-    base,
-    keys,
-    key_mask,
-    P,
-    stride_k,
-    stride_s,
-    stride_d,
-    OWN: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    base, keys, key_mask, P, stride_k, stride_s, stride_d, OWN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Keys (or values) [N] of one segment -> [N, BLOCK_D], zero outside."""
     d = tl.arange(0, BLOCK_D)
@@ -92,27 +74,15 @@ def _load_keys(
     else:
         offset = keys.to(tl.int64) * stride_s
     return tl.load(
-        base + offset[:, None] + d.to(tl.int64)[None, :] * stride_d,
-        mask=key_mask[:, None] & (d < D)[None, :],
+        base + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :],
         other=0.0,
     )
 
 
 @triton.jit
 def _visible(
-    rows,
-    row_mask,
-    keys,
-    key_mask,
-    T,
-    P,
-    mask,
-    stride_mask_t,
-    stride_mask_s,
-    OWN: tl.constexpr,
-    OWN_CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    G: tl.constexpr,
+    rows, row_mask, keys, key_mask, T, P, mask, stride_mask_t, stride_mask_s, OWN: tl.constexpr,
+    OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, G: tl.constexpr,
 ):
     """Which row sees which key, bool [M, N]."""
     visible = row_mask[:, None] & key_mask[None, :]
@@ -130,19 +100,7 @@ def _visible(
 
 @triton.jit
 def _kept(
-    seed,
-    dropout_threshold,
-    b,
-    h,
-    rows,
-    keys,
-    K,
-    T,
-    S,
-    P,
-    OWN: tl.constexpr,
-    G: tl.constexpr,
-    HEADS: tl.constexpr,
+    seed, dropout_threshold, b, h, rows, keys, K, T, S, P, OWN: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
 ):
     """Which (row, key) pairs survive dropout, bool [M, N]; the counters are in the module's docstring."""
     token = b * K * T + rows // G
@@ -167,7 +125,7 @@ def _attend(
     K, T, S, P, logit_scale, seed, dropout_threshold,
     OWN: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Stream the keys ``key_start .. key_end`` of one segment through the online softmax of a tile of rows."""
     for start in tl.range(key_start, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -175,19 +133,7 @@ def _attend(
         k_tile = _load_keys(k_base, keys, key_mask, P, stride_kk, stride_ks, stride_kd, OWN, D, BLOCK_D)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * logit_scale
         visible = _visible(
-            rows,
-            row_mask,
-            keys,
-            key_mask,
-            T,
-            P,
-            mask,
-            stride_mask_t,
-            stride_mask_s,
-            OWN,
-            OWN_CAUSAL,
-            HAS_MASK,
-            G,
+            rows, row_mask, keys, key_mask, T, P, mask, stride_mask_t, stride_mask_s, OWN, OWN_CAUSAL, HAS_MASK, G,
         )
         logits = tl.where(visible, logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1))
@@ -217,24 +163,15 @@ def _broadcast_attention_fwd_kernel(
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """out [B,K,T,H,D] and lse [B,K,T,H] (natural logarithm), both contiguous; one program per tile of rows."""
     block, h, b = _program_coordinates(row_blocks, HEADS)
     row_count = K * T * G
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < row_count
     q_tile = _load_rows(
-        q + b * stride_qb + h.to(tl.int64) * G * stride_qh,
-        rows,
-        row_mask,
-        T,
-        stride_qk,
-        stride_qt,
-        stride_qh,
-        stride_qd,
-        G,
-        D,
-        BLOCK_D,
+        q + b * stride_qb + h.to(tl.int64) * G * stride_qh, rows, row_mask, T, stride_qk, stride_qt, stride_qh,
+        stride_qd, G, D, BLOCK_D,
     )
     seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -247,7 +184,7 @@ def _broadcast_attention_fwd_kernel(
         0, stride_ks, stride_kd, 0, stride_vs, stride_vd, mask + b * stride_mask_b, stride_mask_t, stride_mask_s,
         K, T, S, P, logit_scale, seed, dropout_threshold,
         False, False, HAS_MASK, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    )
     if HAS_OWN:
         own_start, own_end = _own_key_range(
             block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, row_count) - 1, T, P, G
@@ -258,7 +195,7 @@ def _broadcast_attention_fwd_kernel(
             stride_okk, stride_okp, stride_okd, stride_ovk, stride_ovp, stride_ovd, mask, 0, 0,
             K, T, S, P, logit_scale, seed, dropout_threshold,
             True, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
-        )  # fmt: skip
+        )
     seen = row_sum != 0.0
     normaliser = tl.where(seen, row_sum, 1.0)
     acc = acc * (keep_scale / normaliser)[:, None]
@@ -280,17 +217,7 @@ def _row_index(b, h, rows, K, T, HEADS: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    out,
-    tile,
-    b,
-    h,
-    rows,
-    row_mask,
-    K,
-    T,
-    HEADS: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
+    out, tile, b, h, rows, row_mask, K, T, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Store a tile [M, BLOCK_D] of rows into a contiguous [B, K, T, H, D]."""
@@ -305,7 +232,7 @@ def _broadcast_attention_bwd_delta_kernel(
     stride_dob, stride_dok, stride_dot, stride_doh, stride_dod,
     K, T, row_blocks,
     HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+):
     """delta [B,K,T,H] = rowsum(dout * out) - dlse, float32."""
     block, h, b = _program_coordinates(row_blocks, HEADS)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -314,17 +241,8 @@ def _broadcast_attention_bwd_delta_kernel(
     index = _row_index(b, h, rows, K, T, HEADS, G)
     out_tile = tl.load(out + index[:, None] * D + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
     dout_tile = _load_rows(
-        dout + b * stride_dob + h.to(tl.int64) * G * stride_doh,
-        rows,
-        row_mask,
-        T,
-        stride_dok,
-        stride_dot,
-        stride_doh,
-        stride_dod,
-        G,
-        D,
-        BLOCK_D,
+        dout + b * stride_dob + h.to(tl.int64) * G * stride_doh, rows, row_mask, T, stride_dok, stride_dot,
+        stride_doh, stride_dod, G, D, BLOCK_D,
     )
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     row_delta -= tl.load(dlse + index, mask=row_mask, other=0.0)
@@ -349,7 +267,7 @@ def _accumulate_dq(
     K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold,
     OWN: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """dq of a tile of rows, over the keys ``key_start .. key_end`` of one segment."""
     for start in tl.range(key_start, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -358,19 +276,7 @@ def _accumulate_dq(
         v_tile = _load_keys(v_base, keys, key_mask, P, stride_vk, stride_vs, stride_vd, OWN, D, BLOCK_D)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * logit_scale
         visible = _visible(
-            rows,
-            row_mask,
-            keys,
-            key_mask,
-            T,
-            P,
-            mask,
-            stride_mask_t,
-            stride_mask_s,
-            OWN,
-            OWN_CAUSAL,
-            HAS_MASK,
-            G,
+            rows, row_mask, keys, key_mask, T, P, mask, stride_mask_t, stride_mask_s, OWN, OWN_CAUSAL, HAS_MASK, G,
         )
         p = _exponential(tl.where(visible, logits, float("-inf")) - row_lse[:, None] - correction[:, None], EXACT)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) * keep_scale
@@ -395,7 +301,7 @@ def _broadcast_attention_bwd_dq_kernel(
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """dq [B,K,T,H,D], contiguous; one program per tile of rows."""
     block, h, b = _program_coordinates(row_blocks, HEADS)
     row_count = K * T * G
@@ -403,30 +309,12 @@ def _broadcast_attention_bwd_dq_kernel(
     row_mask = rows < row_count
     h64 = h.to(tl.int64)
     q_tile = _load_rows(
-        q + b * stride_qb + h64 * G * stride_qh,
-        rows,
-        row_mask,
-        T,
-        stride_qk,
-        stride_qt,
-        stride_qh,
-        stride_qd,
-        G,
-        D,
+        q + b * stride_qb + h64 * G * stride_qh, rows, row_mask, T, stride_qk, stride_qt, stride_qh, stride_qd, G, D,
         BLOCK_D,
     )
     dout_tile = _load_rows(
-        dout + b * stride_dob + h64 * G * stride_doh,
-        rows,
-        row_mask,
-        T,
-        stride_dok,
-        stride_dot,
-        stride_doh,
-        stride_dod,
-        G,
-        D,
-        BLOCK_D,
+        dout + b * stride_dob + h64 * G * stride_doh, rows, row_mask, T, stride_dok, stride_dot, stride_doh,
+        stride_dod, G, D, BLOCK_D,
     )
     index = _row_index(b, h, rows, K, T, HEADS, G)
     row_lse, correction, row_delta = _row_statistics(lse, lse_correction, delta, index, row_mask, EXACT)
@@ -439,7 +327,7 @@ def _broadcast_attention_bwd_dq_kernel(
         0, stride_ks, stride_kd, 0, stride_vs, stride_vd, mask + b * stride_mask_b, stride_mask_t, stride_mask_s,
         K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold,
         False, False, HAS_MASK, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    )
     if HAS_OWN:
         own_start, own_end = _own_key_range(
             block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, row_count) - 1, T, P, G
@@ -450,7 +338,7 @@ def _broadcast_attention_bwd_dq_kernel(
             stride_okk, stride_okp, stride_okd, stride_ovk, stride_ovp, stride_ovd, mask, 0, 0,
             K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold,
             True, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
-        )  # fmt: skip
+        )
     _store_rows(dq, dq_acc * scale, b, h, rows, row_mask, K, T, HEADS, G, D, BLOCK_D)
 
 
@@ -466,7 +354,7 @@ def _broadcast_attention_bwd_dkdv_kernel(
     OWN: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """dk, dv of one segment, contiguous ([B,S,Hkv,D], or [B,K,P,Hkv,D] with OWN); one program per block of keys."""
     block, h, b = _program_coordinates(key_blocks, HEADS)
     h64 = h.to(tl.int64)
@@ -475,28 +363,10 @@ def _broadcast_attention_bwd_dkdv_kernel(
     key_end = tl.minimum(tl.load(lengths + b), key_count).to(tl.int32) if HAS_LENGTHS else key_count
     key_mask = keys < key_end
     k_tile = _load_keys(
-        k + b * stride_kb + h64 * stride_kh,
-        keys,
-        key_mask,
-        P,
-        stride_kk,
-        stride_ks,
-        stride_kd,
-        OWN,
-        D,
-        BLOCK_D,
+        k + b * stride_kb + h64 * stride_kh, keys, key_mask, P, stride_kk, stride_ks, stride_kd, OWN, D, BLOCK_D,
     )
     v_tile = _load_keys(
-        v + b * stride_vb + h64 * stride_vh,
-        keys,
-        key_mask,
-        P,
-        stride_vk,
-        stride_vs,
-        stride_vd,
-        OWN,
-        D,
-        BLOCK_D,
+        v + b * stride_vb + h64 * stride_vh, keys, key_mask, P, stride_vk, stride_vs, stride_vd, OWN, D, BLOCK_D,
     )
     seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
     if OWN:
@@ -521,19 +391,8 @@ def _broadcast_attention_bwd_dkdv_kernel(
         row_lse, correction, row_delta = _row_statistics(lse, lse_correction, delta, index, row_mask, EXACT)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * logit_scale
         visible = _visible(
-            rows,
-            row_mask,
-            keys,
-            key_mask,
-            T,
-            P,
-            mask + b * stride_mask_b,
-            stride_mask_t,
-            stride_mask_s,
-            OWN,
-            OWN_CAUSAL,
-            HAS_MASK,
-            G,
+            rows, row_mask, keys, key_mask, T, P, mask + b * stride_mask_b, stride_mask_t, stride_mask_s, OWN,
+            OWN_CAUSAL, HAS_MASK, G,
         )
         p = _exponential(tl.where(visible, logits, float("-inf")) - row_lse[:, None] - correction[:, None], EXACT)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) * keep_scale
