@@ -142,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinidiffFastError as error:
         print(f"minidiff-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # a path that cannot be read or written; whatever was there is still there
+        print(f"minidiff-fast: error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(f"minidiff-fast: {interrupt if str(interrupt) else 'interrupted'}", file=sys.stderr)
         return 128 + int(getattr(interrupt, "signum", 2))
@@ -204,6 +207,8 @@ def run_eval(config: EvalConfig) -> int:
     ):
         if path is not None:
             _check_new_file(name, Path(path), suffixes)
+    if config.video is not None:
+        require("imageio_ffmpeg" if config.video.endswith(".mp4") else "PIL", extra="pusht")
     if config.record < 1:
         raise InvalidArgument(f"--record must be at least 1, got {config.record}")
     if config.num_threads is not None and config.num_threads < 1:
@@ -224,18 +229,22 @@ def run_eval(config: EvalConfig) -> int:
         max_steps=config.max_steps,
     )
     print(_sentence(result))
+    if config.json is not None:
+        import json
+
+        target = Path(config.json)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"checkpoint": config.checkpoint, **result.to_dict()}, indent=2)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+        print(f"result: {config.json}")
     if config.video is not None:
         import numpy as np
 
         from minidiff_fast.tasks.pusht.video import write_video
 
         print(f"video: {write_video(np.concatenate(result.frames), config.video)}")
-    if config.json is not None:
-        import json
-
-        text = json.dumps({"checkpoint": config.checkpoint, **result.to_dict()}, indent=2)
-        Path(config.json).write_text(text + "\n", encoding="utf-8")
-        print(f"result: {config.json}")
     return 0
 
 

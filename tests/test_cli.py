@@ -131,7 +131,7 @@ def test_eval_prints_the_score_and_writes_video_and_result(
 ) -> None:
     monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
     pytest.importorskip("PIL")
-    video, result = tmp_path / "out.gif", tmp_path / "out.json"
+    video, result = tmp_path / "out.gif", tmp_path / "new" / "folder" / "out.json"
     arguments = [
         "eval", "pusht", "--checkpoint", str(trained / "run"), "--episodes", "2", "--max-steps", "24",
         "--no-progress", "--device", "cpu",
@@ -158,6 +158,8 @@ def test_resume_and_report(
     arguments = ["train", "pusht", "--data", source, "--out", str(run), "--eval-every", "none", *QUICK, *QUIET]
     assert cli.main([*arguments, "--max-steps", "3"]) == 0
     assert cli.main([*arguments, "--max-steps", "6", "--resume"]) == 0
+    assert "6 steps in" in capsys.readouterr().out
+    assert cli.main([*arguments, "--resume"]) == 0, "without a length, the run keeps that of its beginning"
     assert "6 steps in" in capsys.readouterr().out
     assert cli.main(["report", str(run)]) == 0
     assert (run / "report.md").is_file()

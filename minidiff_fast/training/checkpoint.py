@@ -107,11 +107,11 @@ class CheckpointStore:
                 self._point("best", name)
             self._point("last", name)
             self._prune()
-        except OSError as error:
+        except (OSError, RuntimeError, require("safetensors", extra="train").SafetensorError) as error:
+            # A full disk comes as any of these, depending on which library meets it.
             shutil.rmtree(temporary, ignore_errors=True)
-            raise RunFolderError(
-                f"{self.root / name}: the checkpoint cannot be written ({error.strerror or error})"
-            ) from error
+            why = getattr(error, "strerror", None) or error
+            raise RunFolderError(f"{self.root / name}: the checkpoint cannot be written ({why})") from error
         return self.root / name
 
     def path(self, step: int) -> Path:
@@ -124,7 +124,12 @@ class CheckpointStore:
         stale = self.root / f".{target.name}.{os.getpid()}.stale"
         if target.exists():
             os.replace(target, stale)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if stale.exists():
+                os.replace(stale, target)
+            raise
         shutil.rmtree(stale, ignore_errors=True)
 
     def _point(self, pointer: str, name: str) -> None:

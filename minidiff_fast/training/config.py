@@ -61,7 +61,7 @@ class TrainConfig:
     warmup_steps: int = 200
     """Steps over which the learning rate rises from 0."""
     ema_power: float = 0.75
-    """The average of the weights forgets with 1 - (1 + step) ** -power, at most 0.9999."""
+    """The average of the weights keeps a share of 1 - (1 + step) ** -power a step, at most 0.9999."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -107,6 +107,8 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidOption(f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.seed >= 2**32:
+            raise InvalidOption(f"--seed must be below 2**32, got {self.seed}")
         if not self.out.strip():
             raise InvalidOption("--out must name a folder, got an empty string")
         # Read once here, so that a wrong text is an error before any work.

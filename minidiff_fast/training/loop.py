@@ -28,6 +28,7 @@ from minidiff_fast.training.runtime import (
     Interrupted,
     Signals,
     build_accelerator,
+    choose_device,
     determinism,
     gather,
     random_state,
@@ -118,7 +119,7 @@ def train(
         CheckpointError: ``config.resume`` and the checkpoint does not fit.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
-    with threads(config.num_threads), determinism(), Signals() as signals:
+    with threads(config.num_threads), determinism(choose_device(config)), Signals() as signals:
         trainer = _Trainer(config, policy, objective, windows, evaluate)
         try:
             return trainer.run(signals, on_step)
@@ -194,7 +195,7 @@ class _Trainer:
                 if on_step is not None:
                     on_step(self.step)
                 signals.check()
-            if not evaluations.never and evaluations.last != self.step:
+            if not evaluations.never and self._agree(evaluations.last != self.step):
                 self._score(signals)
             if self.saved_step != self.step:
                 self._save()
@@ -322,6 +323,8 @@ class _Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def _save(self, best: bool = False) -> None:
+        if self.saved_step == self.step and not best:
+            return  # nothing has changed since; what `last` points to is not touched
         self._flush()  # no checkpoint from a loss that is not finite
         orders = gather(self.accelerator, self.order.state_dict())
         randoms = gather(self.accelerator, random_state())

@@ -43,7 +43,11 @@ def train_pusht(config: TrainConfig, *, on_step: Callable[[int], None] | None = 
     if evaluates:
         require("gym_pusht", extra="pusht")
     if config.resume:
-        check_observation(checkpoint.find_checkpoint(config.out), config.policy.obs)
+        found = checkpoint.find_checkpoint(config.out)
+        check_observation(found, config.policy.obs)
+        if config.budget is None and config.max_steps is None:  # the run goes on as it was begun
+            begun = checkpoint.read_info(found).train
+            config = replace(config, budget=begun.get("budget"), max_steps=begun.get("max_steps"))
 
     from minidiff_fast.objectives.imitation import DenoisingLoss
     from minidiff_fast.tasks.pusht.data import PushTWindows, load_pusht

@@ -85,6 +85,7 @@ class Signals:
         """Inside, a signal acts at once: for what changes no state and takes long."""
         self._immediate = True
         try:
+            self.check()  # one may have come just before
             yield
         finally:
             self._immediate = False
@@ -174,11 +175,11 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def determinism() -> Iterator[None]:
-    """Deterministic algorithms on the CPU; a GPU keeps its faster ones."""
+def determinism(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms for a run on the CPU; on a GPU the faster ones stay."""
     switches: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         switches.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     try:
