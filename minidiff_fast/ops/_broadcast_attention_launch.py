@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.kernels import broadcast_attention as kernels
+from minidiff_fast.ops.philox import dropout_threshold
 
 LOG2_E = math.log2(math.e)
 HIP = torch.version.hip is not None
@@ -64,8 +65,8 @@ def choose_config(
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.
-    crowded = kernel == "dkdv" or element_size == 4 or (kernel == "dq" and dropout)
-    num_stages = 1 if hip or crowded else 2
+    unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and dropout)
+    num_stages = 1 if unpipelined else 2
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages)
 
 
@@ -105,10 +106,6 @@ class _Problem:
     @property
     def keep_scale(self) -> float:
         return 1.0 / (1.0 - self.dropout_p)
-
-    @property
-    def dropout_threshold(self) -> int:
-        return round(self.dropout_p * 2**32)
 
     def own_span(self, block_m: int) -> int:
         """Own keys that a tile of ``block_m`` rows can touch: its samples, one more for a ragged start."""
@@ -207,7 +204,7 @@ def launch_forward(
             out, lse, lse_correction,
             *q.stride(), *k.stride(), *v.stride(), *own_key_strides, *own_value_strides, *_mask_strides(mask),
             problem.samples, problem.tokens, problem.shared, problem.own, row_blocks,
-            problem.logit_scale, problem.keep_scale, problem.dropout_threshold,
+            problem.logit_scale, problem.keep_scale, dropout_threshold(problem.dropout_p),
             **_flags(problem, lengths, mask, own_causal), HAS_OWN=problem.own > 0,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=config.block_p, PRECISION=_precision(q),
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -279,7 +276,7 @@ def _launch_dq(
         *q.stride(), *k.stride(), *v.stride(), *own_key_strides, *own_value_strides, *dout.stride(),
         *_mask_strides(mask),
         problem.samples, problem.tokens, problem.shared, problem.own, row_blocks,
-        problem.scale, problem.logit_scale, problem.keep_scale, problem.dropout_threshold,
+        problem.scale, problem.logit_scale, problem.keep_scale, dropout_threshold(problem.dropout_p),
         **_flags(problem, lengths, mask, own_causal), HAS_OWN=problem.own > 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=config.block_p, PRECISION=_precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -300,7 +297,7 @@ def _launch_dkdv(
         q, k, v, _pointer(lengths, q), _pointer(mask, q), _pointer(seed, q), dout, lse, lse_correction, delta, dk, dv,
         *q.stride(), *key_strides, *value_strides, *dout.stride(), *_mask_strides(mask),
         problem.samples, problem.tokens, problem.shared, problem.own, key_count, key_blocks,
-        problem.scale, problem.logit_scale, problem.keep_scale, problem.dropout_threshold,
+        problem.scale, problem.logit_scale, problem.keep_scale, dropout_threshold(problem.dropout_p),
         OWN=own, **_flags(problem, lengths, mask, own_causal),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=_precision(q),
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -13,7 +13,7 @@ from torch import Tensor
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.ops._broadcast_attention_op import broadcast_attention_fwd
-from minidiff_fast.ops.philox import philox_4x32
+from minidiff_fast.ops.philox import dropout_threshold, philox_4x32
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_attention"
@@ -225,11 +225,6 @@ def _dropout_kept(seed: Tensor, dropout_p: float, shape: tuple[int, ...]) -> Ten
     columns = torch.arange(shape[-1], device=seed.device)
     words = philox_4x32(seed, (rows & 0xFFFFFFFF, columns, rows >> 32, torch.zeros_like(rows)))
     return words[0] >= dropout_threshold(dropout_p)
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """A 32-bit word below this threshold drops its weight."""
-    return round(dropout_p * 2**32)
 
 
 def _explicit_mask(mask: Tensor, batch: int, tokens: int) -> Tensor:

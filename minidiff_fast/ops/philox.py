@@ -10,6 +10,11 @@ _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+def dropout_threshold(dropout_p: float) -> int:
+    """A 32-bit word below this drops its weight, in every implementation."""
+    return round(dropout_p * 2**32)
+
+
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32-bit words of ``constant * x``, x in [0, 2^32) held as int64 (a plain product overflows)."""
     low_product = constant * (x & 0xFFFF)
