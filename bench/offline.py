@@ -109,7 +109,7 @@ def record(case: Case, *, hip: bool) -> list[tuple[Any, tuple[Any, ...], dict[st
     lengths = torch.empty(case.B, dtype=torch.int32, device=device) if case.lengths else None
     mask = torch.empty(1, case.T, case.S, dtype=torch.bool, device=device) if case.mask else None
     seed = torch.empty(1, dtype=torch.int64, device=device) if case.dropout_p else None
-    rest = (lengths, mask, seed, case.own_causal, case.dropout_p, case.D**-0.5)
+    rest = (lengths, None, mask, seed, case.own_causal, case.dropout_p, case.D**-0.5)
     was, launcher.HIP = launcher.HIP, hip
     try:
         with recorded_launches(launcher.kernels) as launches:

@@ -184,7 +184,8 @@ def _flags(problem: _Problem, lengths: Tensor | None, mask: Tensor | None, own_c
 
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, lengths: Tensor | None,
-    mask: Tensor | None, seed: Tensor | None, own_causal: bool, dropout_p: float, scale: float,
+    cu_seqlens: Tensor | None, mask: Tensor | None, seed: Tensor | None, own_causal: bool, dropout_p: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out [B, K, T, H, D]; lse [B, K, T, H] float32; lse_correction, of the shape of lse or empty."""
     problem = _problem(q, k, own_k, dropout_p, scale)
@@ -219,8 +220,8 @@ def _pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 def launch_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None,
-    out: Tensor, lse: Tensor, lse_correction: Tensor, lengths: Tensor | None, mask: Tensor | None, seed: Tensor | None,
-    own_causal: bool, dropout_p: float, scale: float,
+    out: Tensor, lse: Tensor, lse_correction: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None,
+    seed: Tensor | None, own_causal: bool, dropout_p: float, scale: float,
     *, need_q: bool = True, need_shared: bool = True, need_own: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, down_k, down_v; empty where not needed."""

@@ -123,11 +123,13 @@ def broadcast_attention(
         own_k,
         own_v,
         lengths,
+        None,
         mask,
         seed if dropout_p > 0.0 else None,
         own_causal,
         float(dropout_p),
         scale,
+        chosen,
     )
     return AttentionOutput(out, lse) if return_lse else out
 

@@ -176,11 +176,13 @@ def test_opcheck(options, own):
     arguments = (
         *inputs,
         options.get("lengths"),
+        None,
         mask,
         options.get("seed"),
         False,
         options.get("dropout_p", 0.0),
         0.25,
+        KERNEL,
     )
     torch.library.opcheck(torch.ops.minidiff_fast.broadcast_attention_fwd.default, arguments)
 
