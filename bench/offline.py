@@ -1,21 +1,14 @@
 """Compile what the library would launch for a GPU that is not there, and read the machine code's facts.
 
-    python bench/offline.py --targets cuda:80,cuda:90,cuda:100,hip:gfx942
-
-The launch code runs on tensors of the meta device with its kernels replaced by recorders, so every kernel is
-compiled with exactly the arguments, flags and tile sizes that a real launch has. Prints one JSON object a line:
-case, kernel, target, registers, spilled registers, shared memory in bytes, matrix instructions, error (or null).
-Must run without TRITON_INTERPRET.
+The launch code of an op runs on tensors of the meta device with its kernels replaced by recorders, so every kernel
+is compiled with exactly the arguments, flags and tile sizes that a real launch has. Needs no driver; must run
+without TRITON_INTERPRET, because the interpreter has no machine code.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,49 +25,14 @@ SHARED_MEMORY_LIMIT = {
 """Bytes of shared memory that one thread block may use, per architecture (CUDA C++ Programming Guide; CDNA ISA)."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call of broadcast attention; ``lengths``/``mask`` as in the op."""
-
-    name: str
-    B: int
-    K: int
-    T: int
-    S: int
-    P: int
-    H: int
-    Hkv: int
-    D: int
-    dtype: str = "bfloat16"
-    lengths: bool = False
-    mask: bool = False
-    own_causal: bool = False
-    dropout_p: float = 0.0
-
-
-# The real configurations of the field (head counts and widths as published), one per line.
-CASES = (
-    Case("minidiffuser-neck", 100, 64, 1, 250, 0, 4, 4, 18, lengths=True),
-    Case("pusht-transformer", 64, 32, 16, 2, 1, 4, 4, 64, mask=True),
-    Case("pusht-transformer-dropout", 64, 32, 16, 2, 1, 4, 4, 64, mask=True, dropout_p=0.1),
-    Case("diffuser-actor-cross", 16, 16, 20, 4096, 0, 8, 8, 15),
-    Case("diffuser-actor-masked", 16, 16, 20, 819, 20, 8, 8, 15),
-    Case("groot-cross", 16, 32, 41, 300, 0, 32, 32, 48, lengths=True),
-    Case("smolvla-joint", 8, 32, 50, 241, 50, 15, 5, 64, own_causal=True),
-    Case("pi0-joint", 4, 32, 50, 817, 50, 8, 1, 256),
-    Case("vla-jepa-cross", 32, 32, 16, 32, 0, 12, 12, 64),
-    # Widths between the published ones, with everything on.
-    Case("dropout-128", 8, 32, 20, 200, 20, 8, 8, 128, lengths=True, mask=True, dropout_p=0.1),
-    Case("dropout-200", 8, 32, 20, 200, 20, 8, 8, 200, lengths=True, mask=True, dropout_p=0.1),
-    Case("smolvla-joint-fp32", 8, 32, 50, 241, 50, 15, 5, 64, dtype="float32", own_causal=True),
-    Case("pi0-joint-fp32", 4, 32, 50, 817, 50, 8, 1, 256, dtype="float32"),
-)
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A kernel, its arguments, and its flags and launch options."""
 
 
 class _Recorder:
     """Stands for a kernel: keeps what it is launched with."""
 
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: Any) -> Any:
@@ -85,9 +43,9 @@ class _Recorder:
 
 
 @contextmanager
-def recorded_launches(module: Any) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+def recorded_launches(module: Any) -> Iterator[list[Launch]]:
     """Replace the kernels of a kernel module by recorders for a while; yields the list that fills."""
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[Launch] = []
     kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
     for name, kernel in kernels.items():
         setattr(module, name, _Recorder(kernel, launches))
@@ -96,28 +54,6 @@ def recorded_launches(module: Any) -> Iterator[list[tuple[Any, tuple[Any, ...], 
     finally:
         for name, kernel in kernels.items():
             setattr(module, name, kernel)
-
-
-def record(case: Case, *, hip: bool) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The launches of one forward and one backward pass of ``case``."""
-    from minidiff_fast.ops import _broadcast_attention_launch as launcher
-
-    dtype, device = getattr(torch, case.dtype), "meta"
-    q = torch.empty(case.B, case.K, case.T, case.H, case.D, dtype=dtype, device=device)
-    k = torch.empty(case.B, case.S, case.Hkv, case.D, dtype=dtype, device=device)
-    own = torch.empty(case.B, case.K, case.P, case.Hkv, case.D, dtype=dtype, device=device) if case.P else None
-    lengths = torch.empty(case.B, dtype=torch.int32, device=device) if case.lengths else None
-    mask = torch.empty(1, case.T, case.S, dtype=torch.bool, device=device) if case.mask else None
-    seed = torch.empty(1, dtype=torch.int64, device=device) if case.dropout_p else None
-    rest = (lengths, None, mask, seed, case.own_causal, case.dropout_p, case.D**-0.5)
-    was, launcher.HIP = launcher.HIP, hip
-    try:
-        with recorded_launches(launcher.kernels) as launches:
-            out, lse, correction = launcher.launch_forward(q, k, k, own, own, *rest)
-            launcher.launch_backward(out, lse, q, k, k, own, own, out, lse, correction, *rest)
-    finally:
-        launcher.HIP = was
-    return launches
 
 
 _POINTERS = {
@@ -147,24 +83,57 @@ def _specialise(kernel: Any, args: tuple[Any, ...], flags: dict[str, Any]) -> tu
     return signature, constants, attributes
 
 
-def compile_launch(kernel: Any, args: tuple[Any, ...], flags: dict[str, Any], target: str) -> dict[str, Any]:
-    """Compile one recorded launch for ``cuda:90`` or ``hip:gfx942`` and read its facts."""
-    import triton
+@dataclass(frozen=True)
+class Facts:
+    """What the machine code of one kernel says."""
+
+    registers: int
+    """Per thread (vector registers on ROCm)."""
+    spills: int
+    """Instructions that move a register to or from local memory; on ROCm registers that were spilled."""
+    shared: int
+    """Bytes of shared memory per thread block."""
+    shared_limit: int
+    """Bytes that the device allows."""
+    matrix_instructions: int
+    """Matrix (tensor core) instructions in the code."""
+    wgmma: int
+    """Of these, Hopper's warp-group instructions."""
+    loop_loads: int
+    """Bytes that one thread block loads from global memory in one turn of its innermost loop."""
+    loop_stores: int
+    """Bytes that it stores to global memory there."""
+    narrow_addresses: int
+    """Address computations of whole tiles that are made in 32 bits."""
+
+
+def gpu_target(target: str) -> Any:
+    """``cuda:90`` or ``hip:gfx942`` as Triton names it."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     backend, arch = target.split(":")
-    gpu = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+
+
+def compile_launch(launch: Launch, target: str) -> Facts:
+    """Compile one recorded launch and read its facts."""
+    import triton
+    from triton.compiler import ASTSource
+
+    kernel, args, flags = launch
     options = {name: value for name, value in flags.items() if name not in kernel.arg_names}
     signature, constants, attributes = _specialise(kernel, args, flags)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
-    facts: dict[str, Any] = {"shared": compiled.metadata.shared, "shared_limit": SHARED_MEMORY_LIMIT[arch]}
-    facts.update(
-        _cuda_facts(compiled.asm["cubin"], compiled.asm["ptx"])
-        if backend == "cuda"
-        else _hip_facts(compiled.asm["amdgcn"])
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu_target(target), options=options)
+    backend, arch = target.split(":")
+    if backend == "cuda":
+        facts = _cuda_facts(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.num_warps)
+    else:
+        facts = _hip_facts(compiled.asm["amdgcn"], compiled.metadata.num_warps)
+    narrow = re.findall(r"tt\.addptr .*tensor<[^>]*xi32>", compiled.asm["ttir"])
+    return Facts(
+        shared=compiled.metadata.shared, shared_limit=SHARED_MEMORY_LIMIT[arch], narrow_addresses=len(narrow), **facts
     )
-    return facts
 
 
 def _tool(name: str) -> str:
@@ -173,8 +142,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _cuda_facts(cubin: bytes, ptx: str) -> dict[str, Any]:
-    """Registers and spills from the cubin's resource usage, matrix instructions from its machine code."""
+def _cuda_facts(cubin: bytes, ptx: str, warps: int) -> dict[str, int]:
+    """Registers from the cubin's resource usage, the rest from its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -182,65 +151,89 @@ def _cuda_facts(cubin: bytes, ptx: str) -> dict[str, Any]:
             [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         )
         sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-    text = usage.stdout + usage.stderr
-    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {usage.stdout + usage.stderr}")
+    loads, stores = _cuda_loop_bytes(sass)
     return {
-        "registers": int(registers.group(1)) if registers else None,
-        "stack": int(stack.group(1)) if stack else None,
+        "registers": int(registers.group(1)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "matrix_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|OMMA|QGMMA|UTC\w*MMA)\b", sass)),
         "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
+        "loop_loads": loads * 32 * warps,
+        "loop_stores": stores * 32 * warps,
     }
 
 
-def _hip_facts(assembly: str) -> dict[str, Any]:
-    def number(key: str) -> int | None:
-        found = re.search(rf"{re.escape(key)}:?\s+(\d+)", assembly)
-        return int(found.group(1)) if found else None
+_CUDA_WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 
+
+def _cuda_loop_bytes(sass: str) -> tuple[int, int]:
+    """Bytes that a thread loads and stores in the heaviest innermost loop: a loop ends in a branch to a label before
+    it, and is innermost when no other loop lies inside."""
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    lines = sass.splitlines()
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label.group(1)] = number
+        elif branch := re.search(r"\bBRA\S*\s.*?`\((\.L_x_\d+)\)", line):
+            start = labels.get(branch.group(1))
+            if start is not None and number - start > 1:  # the code ends in a branch to itself
+                loops.append((start, number))
+    innermost = [
+        (a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    ]  # fmt: skip
+    found = []
+    for start, end in innermost:
+        loads = stores = 0
+        for line in lines[start:end]:
+            if access := re.search(r"\b(LDG|LDGSTS|STG)\b(\.[\w.]*)?", line):
+                modifiers = access.group(2) or ""
+                width = next((size for suffix, size in _CUDA_WIDTHS.items() if suffix in modifiers), 4)
+                loads, stores = (loads, stores + width) if access.group(1) == "STG" else (loads + width, stores)
+        found.append((loads, stores))
+    return max(found, key=sum, default=(0, 0))
+
+
+_HIP_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
+
+
+def _hip_facts(assembly: str, warps: int) -> dict[str, int]:
+    def number(key: str) -> int:
+        found = re.search(rf"{re.escape(key)}:?\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly does not say {key}")
+        return int(found.group(1))
+
+    loads, stores = _hip_loop_bytes(assembly)
     return {
         "registers": number(".vgpr_count"),
-        "stack": number(".private_segment_fixed_size"),
-        "spills": number(".vgpr_spill_count"),
+        "spills": number(".vgpr_spill_count"),  # scalar registers spill into vector registers, not to memory
         "matrix_instructions": len(re.findall(r"\bv_mfma_", assembly)),
+        "wgmma": 0,
+        "loop_loads": loads * 64 * warps,
+        "loop_stores": stores * 64 * warps,
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compile the chosen cases for the chosen targets; exit 1 when one fails to compile or exceeds its device."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--targets", default="cuda:80,cuda:90,cuda:100,hip:gfx942")
-    parser.add_argument("--cases", default=",".join(case.name for case in CASES))
-    options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: the interpreter has no machine code; unset it")
-    wanted = options.cases.split(",")
-    unknown = sorted(set(wanted) - {case.name for case in CASES})
-    if unknown:
-        parser.error(f"unknown case {unknown[0]!r}; known: {', '.join(case.name for case in CASES)}")
-    failed = False
-    for case in (case for case in CASES if case.name in wanted):
-        for target in options.targets.split(","):
-            for kernel, args, flags in record(case, hip=target.startswith("hip")):
-                row: dict[str, Any] = {
-                    "case": case.name,
-                    "kernel": kernel.__name__,
-                    "own": flags.get("OWN"),
-                    "target": target,
-                }
-                row["config"] = {
-                    n: flags[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_P", "num_warps", "num_stages") if n in flags
-                }
-                try:
-                    row.update(compile_launch(kernel, args, flags, target), error=None)
-                except Exception as problem:  # a compiler's failure is a result here, not the end of the run
-                    row.update(shared=0, shared_limit=0, error=f"does not compile: {problem!r}")
-                if row["shared"] > row["shared_limit"]:
-                    row["error"] = f"shared memory {row['shared']} bytes over the limit of {row['shared_limit']}"
-                failed = failed or row["error"] is not None
-                print(json.dumps(row), flush=True)
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _hip_loop_bytes(assembly: str) -> tuple[int, int]:
+    """Bytes that a lane loads and stores in the heaviest of the deepest loops, which the compiler's comments mark."""
+    per_loop: dict[tuple[int, str], list[int]] = {}
+    label, loop = "", None
+    for line in assembly.splitlines():
+        if block := re.match(r"\.LBB(\d+_\d+):|; %bb\.\d+:", line):
+            label, loop = block.group(1) or "", None
+        if header := re.search(r";.*=>\s*This Inner Loop Header: Depth=(\d+)", line):
+            loop = (int(header.group(1)), label)
+        elif inside := re.search(r";\s*in Loop: Header=BB(\d+_\d+) Depth=(\d+)", line):
+            loop = (int(inside.group(2)), inside.group(1))
+        access = re.match(r"\s*(?:global|buffer|flat)_(load|store)_\w*?(dwordx[234]|dword|short|byte)", line)
+        if loop is not None and access:
+            totals = per_loop.setdefault(loop, [0, 0])
+            totals[access.group(1) == "store"] += _HIP_WIDTHS[access.group(2)]
+    if not per_loop:
+        return 0, 0
+    deepest = max(depth for depth, _ in per_loop)
+    loads, stores = max((v for (depth, _), v in per_loop.items() if depth == deepest), key=sum)
+    return loads, stores

@@ -1,5 +1,7 @@
 """Run a suite: ``python bench/run.py attention [--device cpu|cuda] [--cases a,b] [--budget 9m] [--out DIR]``.
 
+``python bench/run.py static`` compiles the kernels for GPUs that are not there (bench/static.py).
+
 Prints one table per cell and keeps DIR/<suite>.json up to date after every cell. Run again with the same
 DIR to go on where a budget ended. Exit code 0: done, or stopped at the budget; 1: a contestant of ours was
 refused by verification or broke; 2: bad input.
@@ -246,6 +248,9 @@ def setup(arguments: argparse.Namespace) -> tuple[ModuleType, Any, list[Any], Pa
 
 def main(argv: list[str] | None = None) -> int:
     """Run; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["static"]:
+        return importlib.import_module("static").main(words[1:])
     started = time.perf_counter()
     try:
         arguments = parse(argv)

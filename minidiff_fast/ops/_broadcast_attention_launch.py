@@ -63,9 +63,11 @@ def choose_config(
     block_p = _tile(own_span, largest_n)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
-    num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
+    crowded = element_size != 4 and (crowded or block_m * block_d >= 64 * 128)
+    # ROCm: a wave has 64 lanes, and four of them may use 512 registers a lane, eight only 256.
+    num_warps = 8 if crowded and not hip else 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.
-    unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and dropout)
+    unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and (dropout or block_d > 128))
     num_stages = 1 if unpipelined else 2
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages)
 
@@ -220,8 +222,8 @@ def _pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 def launch_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None,
-    out: Tensor, lse: Tensor, lse_correction: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, own_causal: bool, dropout_p: float, scale: float,
+    out: Tensor, lse: Tensor, lse_correction: Tensor,
+    lengths: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None, seed: Tensor | None, own_causal: bool, dropout_p: float, scale: float,
     *, need_q: bool = True, need_shared: bool = True, need_own: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, down_k, down_v; empty where not needed."""
@@ -253,7 +255,7 @@ def launch_backward(
 
 def _launch_delta(problem: _Problem, out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
     delta = torch.empty_like(dlse)
-    block_m = _tile(problem.rows, 32 if problem.block_d > 64 else 64)
+    block_m = _tile(problem.rows, 32 if problem.block_d * out.element_size() > 128 else 64)
     row_blocks = -(-problem.rows // block_m)
     kernels._broadcast_attention_bwd_delta_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
         out, dout, dlse, delta, *dout.stride(), problem.samples, problem.tokens, row_blocks,
