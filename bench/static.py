@@ -156,8 +156,9 @@ def render(row: Row, failure: str | None) -> str:
     if row.facts is None:
         return f"{row.task.key:<100} {failure}"
     f = row.facts
-    numbers = f"{f.registers:>5}{f.spills:>7}{f.shared:>9}{f.matrix_instructions:>8}{f.wgmma:>7}{f.loop_loads:>10}{f.loop_stores:>8}"
-    return f"{row.task.key:<100}{numbers}" + (f"  {failure}" if failure else "")
+    counts = f"{f.registers:>5}{f.spills:>7}{f.shared:>9}{f.matrix_instructions:>8}{f.wgmma:>7}"
+    loop = f"{f.loop_loads:>10}{f.loop_stores:>8}"
+    return f"{row.task.key:<100}{counts}{loop}" + (f"  {failure}" if failure else "")
 
 
 HEADER = f"{'kernel':<100}{'regs':>5}{'spills':>7}{'shared':>9}{'matrix':>8}{'wgmma':>7}{'loop ld B':>10}{'loop st':>8}"
