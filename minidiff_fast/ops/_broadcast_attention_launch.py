@@ -66,8 +66,13 @@ def choose_config(
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
         largest_m, largest_n = (64 if forward and not dropout else 32), 32
+    # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
+    largest_p = largest_n
+    if own_rope:
+        largest_p = max(16, largest_n // 2)
+        largest_n = largest_p if kernel == "dkdv" else largest_n
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
-    block_p = _tile(own_span, largest_n)
+    block_p = _tile(own_span, largest_p)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
@@ -137,7 +142,8 @@ class _Problem:
         """Own keys that a tile of ``block_m`` rows can touch: its samples, one more for a ragged start."""
         return min(self.samples, (block_m - 1) // (self.tokens * self.group) + 2) * self.own
 
-    def config(self, kernel: str, q: Tensor, keys: int) -> LaunchConfig:
+    def config(self, kernel: str, q: Tensor, keys: int, *, own: bool = True) -> LaunchConfig:
+        """The configuration of a launch that reads own keys too (``own``; dkdv: of a launch that reads no others)."""
         return choose_config(
             kernel,
             self.rows,
@@ -148,7 +154,7 @@ class _Problem:
             dropout=self.dropout_p > 0.0,
             hip=HIP,
             transform=kernel == "forward" and (self.rope or self.norm) is not None,
-            own_rope=self.own_rope is not None,
+            own_rope=own and self.own_rope is not None,
         )
 
     def shared_keys(self, packed: bool) -> int:
@@ -439,7 +445,7 @@ def _launch_dkdv(
 ) -> None:  # fmt: skip
     key_count = problem.samples * problem.own if own else problem.shared
     packed = cu_seqlens is not None
-    config = problem.config("dkdv", q, problem.shared_keys(True) if packed else key_count)
+    config = problem.config("dkdv", q, problem.shared_keys(True) if packed else key_count, own=own)
     key_blocks = key_count // config.block_n + problem.batch if packed else -(-key_count // config.block_n)
     # One signature for both segments: shared keys have no sample axis.
     key_strides, value_strides = (
