@@ -12,7 +12,7 @@ from torch import Tensor
 from minidiff_fast.ops._query_transform import QueryNorm, QueryTransform
 from minidiff_fast.ops.rotary import Rotary, RotaryPositions
 
-LAUNCHERS = {"triton": "launch"}
+LAUNCHERS = {"triton": "launch", "native": "native"}
 """Per implementation the end of the name of the module with its ``launch_forward`` and ``launch_backward``."""
 
 

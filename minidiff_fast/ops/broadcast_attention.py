@@ -20,7 +20,12 @@ from minidiff_fast.ops.rotary import RotaryPositions
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_attention"
-BACKENDS = backend.register(backend.OpBackends(NAME, {"triton": backend.why_not_triton, "flash": flash.why_not_flash}))
+BACKENDS = backend.register(
+    backend.OpBackends(
+        NAME,
+        {"triton": backend.why_not_triton, "native": backend.why_not_native, "flash": flash.why_not_flash},
+    )
+)
 FUSES_TRANSFORM = {"triton"}
 """Implementations that norm and rotate inside their kernels; the others get q and own_k as they meet the keys."""
 
