@@ -1,4 +1,4 @@
-"""Run a suite: ``python bench/run.py attention [--device cpu|cuda] [--cases a,b] [--budget 9m] [--out DIR]``.
+"""Run a suite: ``python bench/run.py attention|modulate [--device cpu|cuda] [--cases a,b] [--budget 9m] [--out DIR]``.
 
 ``python bench/run.py static`` compiles the kernels for GPUs that are not there (bench/static.py).
 
@@ -29,7 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-SUITES = {"attention": "broadcast_attention"}
+SUITES = {"attention": "broadcast_attention", "modulate": "broadcast_modulate"}
 """Suite -> module of this folder with ``NAME, DTYPES, Settings, Bench, plan, render, ...``."""
 IDENTITY = (
     "suite", "schema", "device", "scale", "peers", "repeats", "threads", "versions", "commit", "source",
