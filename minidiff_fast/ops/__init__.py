@@ -6,10 +6,13 @@ from minidiff_fast.ops.broadcast_attention import (
     broadcast_attention_reference,
     draw_dropout_seed,
 )
+from minidiff_fast.ops.broadcast_linear import broadcast_linear, broadcast_linear_reference
 
 __all__ = [
     "AttentionOutput",
     "broadcast_attention",
     "broadcast_attention_reference",
+    "broadcast_linear",
+    "broadcast_linear_reference",
     "draw_dropout_seed",
 ]
