@@ -17,8 +17,10 @@ from minidiff_fast.kernels import broadcast_linear as kernels
 
 HIP = torch.version.hip is not None
 PROGRAMS = 256
-"""Programs that a launch should have where the sizes allow it: two for each of the 108 to 148 processors of a GPU. Fixed,
-so that the order of the sums, and with it every bit of the result, does not depend on the device."""
+"""Programs that a launch should have where the sizes allow it: about two for each processor of a large GPU. Fixed, so
+that the order of the sums, and with it every bit of the result, does not depend on the device."""
+ALIGNMENT = 16
+"""Elements that strides have to be multiples of for Triton to load several at once and to copy them asynchronously."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def _blocks(size: int, block: int) -> int:
 
 
 def choose_config(
-    kernel: str, rows: int, columns: int, summands: int, element_size: int, *, exact: bool, hip: bool
+    kernel: str, rows: int, columns: int, summands: int, element_size: int, *, aligned: bool, exact: bool, hip: bool
 ) -> LaunchConfig:
     """The heuristic launch configuration of an output ``[rows, columns]`` and sums of ``summands`` products.
 
@@ -54,11 +56,14 @@ def choose_config(
         rows, columns: of the output.
         summands: of each element of the output.
         element_size: bytes per element.
+        aligned: every operand can be loaded in vectors; without, each element holds an address in a register.
         exact: float32 products without TF32; they run on the ordinary cores, out of registers.
         hip: ROCm: 64 KiB of shared memory.
     """
     if exact:
         return LaunchConfig(_tile(rows, 32), _tile(columns, 64), 16, num_warps=4, num_stages=1 if hip else 2)
+    if not aligned:
+        return LaunchConfig(_tile(rows, 64), _tile(columns, 64), _tile(summands, 32), num_warps=4, num_stages=2)
     block_m, block_n = _tile(rows, 128), _tile(columns, 128)
     block_k = _tile(summands, 64 if element_size == 2 else 32)
     if kernel != "dweight":
@@ -82,9 +87,23 @@ def _precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _config(kernel: str, rows: int, columns: int, summands: int, x: Tensor) -> LaunchConfig:
+def _aligned(x: Tensor) -> bool:
+    """Rows of x start at multiples of ``ALIGNMENT`` elements and have no gaps."""
+    return x.stride(-1) == 1 and all(
+        size == 1 or stride % ALIGNMENT == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
+
+
+def _columns(weight: Tensor, first: int, last: int) -> Tensor:
+    """``weight[:, first:last]``; a copy where the other columns would put its rows out of alignment."""
+    part = weight[:, first:last]
+    return part if _aligned(part) or (last - first) % ALIGNMENT else part.contiguous()
+
+
+def _config(kernel: str, rows: int, columns: int, summands: int, x: Tensor, *operands: Tensor | None) -> LaunchConfig:
     exact = x.dtype == torch.float32 and _precision(x) == "ieee"
-    return choose_config(kernel, rows, columns, summands, x.element_size(), exact=exact, hip=HIP)
+    aligned = all(_aligned(operand) for operand in (x, *operands) if operand is not None)
+    return choose_config(kernel, rows, columns, summands, x.element_size(), aligned=aligned, exact=exact, hip=HIP)
 
 
 def _meta(config: LaunchConfig, x: Tensor) -> dict[str, object]:
@@ -147,7 +166,7 @@ def _linear(
     outputs, channels = weight.shape
     if rows * outputs == 0:
         return
-    config = _config("forward", rows, outputs, channels, x)
+    config = _config("forward", rows, outputs, channels, x, g, weight)
     row_blocks, column_blocks = _blocks(rows, config.block_m), _blocks(outputs, config.block_n)
     condition, *condition_strides = _condition_input(g, x)
     row_strides = (0, 0) if row is None else (row.stride(0) if row.shape[0] > 1 else 0, row.stride(1))
@@ -172,7 +191,7 @@ def _input_gradient(
     outputs, channels = weight.shape
     if rows * channels == 0:
         return
-    config = _config("dx", rows, channels, outputs, x)
+    config = _config("dx", rows, channels, outputs, x, g, weight, dy)
     row_blocks, column_blocks = _blocks(rows, config.block_m), _blocks(channels, config.block_n)
     condition, *condition_strides = _condition_input(g, x)
     kernels._broadcast_linear_bwd_dx_kernel[(row_blocks * column_blocks,)](
@@ -195,7 +214,7 @@ def _weight_gradient(
     outputs, channels = dweight.shape
     if outputs * channels == 0:
         return
-    config = _config("dweight", outputs, channels, rows, x)
+    config = _config("dweight", outputs, channels, rows, x, g, dy)
     row_blocks, column_blocks = _blocks(outputs, config.block_m), _blocks(channels, config.block_n)
     chunk = row_chunk(rows, row_blocks * column_blocks, config.block_k)
     chunks = max(1, _blocks(rows, chunk))
@@ -257,8 +276,15 @@ def launch_forward(
         split = x.shape[-1]
         of_condition = torch.empty(g.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
         if y.numel():
-            _linear(_of_conditions(g), None, weight[:, split:], row, _of_conditions(of_condition), activation)
-        _linear(four, None, weight[:, :split], of_condition, _four(y), activation)
+            _linear(
+                _of_conditions(g),
+                None,
+                _columns(weight, split, weight.shape[1]),
+                row,
+                _of_conditions(of_condition),
+                activation,
+            )
+        _linear(four, None, _columns(weight, 0, split), of_condition, _four(y), activation)
     return y
 
 
@@ -288,7 +314,7 @@ def launch_backward(
     four, dy = _four(x), _four(dy)
     with torch.cuda.device_of(x):
         if need_x or (summed and need_g):
-            _input_gradient(dy, four, g if summed else None, weight[:, :split], _four(dx), activation)
+            _input_gradient(dy, four, g if summed else None, _columns(weight, 0, split), _four(dx), activation)
         if need_weight:
             _weight_gradient(dy, four, g if summed else None, dweight[:, :split], activation)
         if summed and need_g:
@@ -299,8 +325,9 @@ def launch_backward(
             if need_bias:
                 _sum_leading(dy_b[:, None], dbias[None])
             if not summed and need_g:
+                of_condition = _columns(weight, split, weight.shape[1])
                 _input_gradient(
-                    _of_conditions(dy_b), _of_conditions(g), None, weight[:, split:], _of_conditions(dg), activation
+                    _of_conditions(dy_b), _of_conditions(g), None, of_condition, _of_conditions(dg), activation
                 )
             if not summed and need_weight:
                 _weight_gradient(_of_conditions(dy_b), _of_conditions(g), None, dweight[:, split:], activation)
