@@ -7,6 +7,7 @@ from minidiff_fast.ops.broadcast_attention import (
     draw_dropout_seed,
 )
 from minidiff_fast.ops.broadcast_linear import broadcast_linear, broadcast_linear_reference
+from minidiff_fast.ops.broadcast_modulate import broadcast_modulate, broadcast_modulate_reference
 
 __all__ = [
     "AttentionOutput",
@@ -14,5 +15,7 @@ __all__ = [
     "broadcast_attention_reference",
     "broadcast_linear",
     "broadcast_linear_reference",
+    "broadcast_modulate",
+    "broadcast_modulate_reference",
     "draw_dropout_seed",
 ]
