@@ -11,6 +11,7 @@ forward and one backward pass for GPUs that are not there and prints one JSON ob
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -190,27 +191,38 @@ def record(case: LinearCase, dtype: torch.dtype, *, hip: bool) -> list[tuple[Any
     return launches
 
 
+def specialisation(target: str, kernel: Any, args: tuple[Any, ...], flags: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a launch by: cases that agree in it share their machine code."""
+    kinds = [a.dtype if isinstance(a, Tensor) else (1 if a == 1 else a % 16 == 0) for a in args]
+    return target, kernel.__name__, tuple(map(str, kinds)), tuple(sorted(flags.items()))
+
+
+def facts_of(kernel: Any, args: tuple[Any, ...], flags: dict[str, Any], target: str) -> dict[str, Any]:
+    """The facts of one launch, or why there are none."""
+    try:
+        facts = {**compile_launch(kernel, args, flags, target), "error": None}
+    except Exception as problem:  # a compiler's failure is a result here, not the end of the run
+        return {"shared": 0, "shared_limit": 0, "error": f"does not compile: {problem!r}"}
+    if facts["shared"] > facts["shared_limit"]:
+        facts["error"] = f"shared memory {facts['shared']} bytes over the limit of {facts['shared_limit']}"
+    return facts
+
+
 def offline(cases: list[LinearCase], dtypes: list[str], targets: list[str]) -> bool:
     """Compile and print; False when a launch does not compile or does not fit."""
     fine = True
-    for case in cases:
-        for dtype in dtypes:
-            for target in targets:
-                with tf32(dtype == "tf32"):
-                    launches = record(case, DTYPES[dtype], hip=target.startswith("hip"))
-                for kernel, args, flags in launches:
-                    row: dict[str, Any] = {
-                        "case": case.name, "dtype": dtype, "kernel": kernel.__name__, "target": target,
-                        "config": {n: v for n, v in flags.items() if n.startswith(("BLOCK", "num_"))},
-                    }  # fmt: skip
-                    try:
-                        row.update(compile_launch(kernel, args, flags, target), error=None)
-                    except Exception as problem:  # a compiler's failure is a result here, not the end of the run
-                        row.update(shared=0, shared_limit=0, error=f"does not compile: {problem!r}")
-                    if row["shared"] > row["shared_limit"]:
-                        row["error"] = f"shared memory {row['shared']} bytes over the limit of {row['shared_limit']}"
-                    fine = fine and row["error"] is None
-                    print(json.dumps(row), flush=True)
+    compiled: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for case, dtype, target in itertools.product(cases, dtypes, targets):
+        with tf32(dtype == "tf32"):
+            launches = record(case, DTYPES[dtype], hip=target.startswith("hip"))
+        for kernel, args, flags in launches:
+            key = specialisation(target, kernel, args, flags)
+            if key not in compiled:
+                compiled[key] = facts_of(kernel, args, flags, target)
+            config = {name: value for name, value in flags.items() if name.startswith(("BLOCK", "num_"))}
+            row = {"case": case.name, "dtype": dtype, "kernel": kernel.__name__, "target": target, "config": config}
+            fine = fine and compiled[key]["error"] is None
+            print(json.dumps({**row, **compiled[key]}), flush=True)
     return fine
 
 

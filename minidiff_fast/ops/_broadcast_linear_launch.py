@@ -47,8 +47,9 @@ def _blocks(size: int, block: int) -> int:
 
 
 def choose_config(
-    kernel: str, rows: int, columns: int, summands: int, element_size: int, *, aligned: bool, exact: bool, hip: bool
-) -> LaunchConfig:
+    kernel: str, rows: int, columns: int, summands: int, element_size: int,
+    *, aligned: bool, summed: bool, widened: bool, exact: bool, hip: bool,
+) -> LaunchConfig:  # fmt: skip
     """The heuristic launch configuration of an output ``[rows, columns]`` and sums of ``summands`` products.
 
     Args:
@@ -57,6 +58,8 @@ def choose_config(
         summands: of each element of the output.
         element_size: bytes per element.
         aligned: every operand can be loaded in vectors; without, each element holds an address in a register.
+        summed: the input is x + g, two tiles for one.
+        widened: dy is float32 and the other operands are not.
         exact: float32 products without TF32; they run on the ordinary cores, out of registers.
         hip: ROCm: 64 KiB of shared memory.
     """
@@ -65,7 +68,9 @@ def choose_config(
     if not aligned:
         return LaunchConfig(_tile(rows, 64), _tile(columns, 64), _tile(summands, 32), num_warps=4, num_stages=2)
     block_m, block_n = _tile(rows, 128), _tile(columns, 128)
-    block_k = _tile(summands, 64 if element_size == 2 else 32)
+    # What waits to become an operand sits in registers: with more than one 16-bit tile of it, shorter steps.
+    crowded = element_size == 4 or widened or (summed and hip)
+    block_k = _tile(summands, 32 if crowded else 64)
     if kernel != "dweight":
         # Smaller tiles when there would be less than one for each processor.
         while _blocks(rows, block_m) * _blocks(columns, block_n) < PROGRAMS // 2 and max(block_m, block_n) > 64:
@@ -100,10 +105,18 @@ def _columns(weight: Tensor, first: int, last: int) -> Tensor:
     return part if _aligned(part) or (last - first) % ALIGNMENT else part.contiguous()
 
 
-def _config(kernel: str, rows: int, columns: int, summands: int, x: Tensor, *operands: Tensor | None) -> LaunchConfig:
+def _config(
+    kernel: str, rows: int, columns: int, summands: int,
+    x: Tensor, g: Tensor | None, weight: Tensor | None = None, dy: Tensor | None = None,
+) -> LaunchConfig:  # fmt: skip
+    """The configuration for these operands."""
     exact = x.dtype == torch.float32 and _precision(x) == "ieee"
-    aligned = all(_aligned(operand) for operand in (x, *operands) if operand is not None)
-    return choose_config(kernel, rows, columns, summands, x.element_size(), aligned=aligned, exact=exact, hip=HIP)
+    aligned = all(_aligned(operand) for operand in (x, g, weight, dy) if operand is not None)
+    widened = dy is not None and dy.dtype != x.dtype
+    return choose_config(
+        kernel, rows, columns, summands, x.element_size(),
+        aligned=aligned, summed=g is not None, widened=widened, exact=exact, hip=HIP,
+    )  # fmt: skip
 
 
 def _meta(config: LaunchConfig, x: Tensor) -> dict[str, object]:
@@ -214,7 +227,7 @@ def _weight_gradient(
     outputs, channels = dweight.shape
     if outputs * channels == 0:
         return
-    config = _config("dweight", outputs, channels, rows, x, g, dy)
+    config = _config("dweight", outputs, channels, rows, x, g, dy=dy)
     row_blocks, column_blocks = _blocks(outputs, config.block_m), _blocks(channels, config.block_n)
     chunk = row_chunk(rows, row_blocks * column_blocks, config.block_k)
     chunks = max(1, _blocks(rows, chunk))
