@@ -159,10 +159,10 @@ def _condition_input(g: Tensor | None, x: Tensor) -> tuple[Tensor, int, int]:
 def _check_sizes(x: Tensor, outputs: int) -> None:
     rows = x.numel() // max(1, x.shape[-1])
     tiles = _blocks(rows, 16) * _blocks(max(outputs, x.shape[-1]), 16)
-    if rows >= 2**31 or tiles >= 2**31:
+    if rows + 1024 >= 2**31 or tiles >= 2**31:
         raise InvalidArgument(
             f"broadcast_linear: B * K * ... = {rows} rows and {tiles} tiles of 16 by 16 of the output must stay below "
-            "2^31; run K in chunks"
+            "2^31 (rows: 2^31 - 1024); run K in chunks"
         )
 
 
@@ -261,8 +261,6 @@ def _sum_conditions(values: Tensor, out: Tensor) -> None:
 
 def _sum_leading(partials: Tensor, out: Tensor) -> None:
     """out [R, C], strided, = the sum of partials [count, R, C], contiguous float32."""
-    if out.numel() == 0:
-        return
     block = 1024 if out.numel() >= 1024 * PROGRAMS else 256
     kernels._broadcast_linear_bwd_sum_kernel[(_blocks(out.numel(), block),)](
         partials, out, partials.shape[0], out.numel(), out.shape[1], *out.stride(), BLOCK=block, num_warps=4
@@ -336,7 +334,7 @@ def launch_backward(
             dy_b = torch.empty(g.shape[0], outputs, dtype=torch.float32, device=x.device)
             _sum_conditions(dy, dy_b)
             if need_bias:
-                _sum_leading(dy_b[:, None], dbias[None])
+                _sum_conditions(dy_b[None, None], dbias[None])
             if not summed and need_g:
                 of_condition = _columns(weight, split, weight.shape[1])
                 _input_gradient(

@@ -67,6 +67,7 @@ SIZES = [
     (2, 64, (), 48, 16, 129),
     (1, 127, (), 63, 1, 17),
     (5, 13, (2,), 65, 31, 16),
+    (67, 2, (), 5, 3, 16),
 ]
 FORMS = [(combine, activation) for combine in ("cat", "sum") for activation in (None, "silu", "mish")]
 

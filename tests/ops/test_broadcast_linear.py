@@ -208,6 +208,13 @@ def test_the_reference_repeats_no_condition():
     assert max(sizes) <= max(B * K * Co, B * K * Cx, B * Cg, weight)
 
 
+def test_sizes_that_the_kernels_cannot_count_are_refused():
+    x = torch.empty(1, 1, 1, dtype=torch.float32, device=DEVICE).expand(1 << 16, 1 << 15, 1)
+    g, weight = torch.empty(1 << 16, 1, device=DEVICE), torch.empty(1, 2, device=DEVICE)
+    with pytest.raises(InvalidArgument, match="2147483648 rows .* must stay below"):
+        broadcast_linear(x, g, weight, impl=KERNEL)
+
+
 BAD = {
     "x rank": (lambda x, g, w, b: (x[0, 0], g, w, b), {}, r"x must be \[B, K, ..., Cx\], got \[4, 5\]"),
     "g batch": (lambda x, g, w, b: (x, g[:1], w, b), {}, r"g must be \[B, Cg\] = \[2, Cg\], got \[1, 7\]"),
