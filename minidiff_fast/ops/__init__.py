@@ -7,6 +7,7 @@ from minidiff_fast.ops.broadcast_attention import (
     broadcast_attention_reference,
     draw_dropout_seed,
 )
+from minidiff_fast.ops.broadcast_linear import broadcast_linear, broadcast_linear_reference
 from minidiff_fast.ops.broadcast_modulate import broadcast_modulate, broadcast_modulate_reference
 from minidiff_fast.ops.rotary import Rotary, RotaryPositions, rotate, rotate_reference
 
@@ -17,6 +18,8 @@ __all__ = [
     "RotaryPositions",
     "broadcast_attention",
     "broadcast_attention_reference",
+    "broadcast_linear",
+    "broadcast_linear_reference",
     "broadcast_modulate",
     "broadcast_modulate_reference",
     "draw_dropout_seed",
