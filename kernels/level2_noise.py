@@ -24,7 +24,7 @@ NOISE_TAG = tl.constexpr(2)
 def _radius(word):
     """sqrt(-2 ln u), u = 1 - word / 2^32."""
     near_one = word < NEAR_ONE
-    bits = ((~word) + 1).to(tl.float32).to(tl.int32, bitcast=True)
+    bits = ((word ^ 0xFFFFFFFF) + 1).to(tl.float32).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) - 159
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     high = mantissa > SQRT_2

@@ -36,7 +36,7 @@ from torch import Tensor
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.ops._level2_noise_op import level2_noise_fwd
-from minidiff_fast.ops.box_muller import standard_normals
+from minidiff_fast.ops.box_muller import rounded_sqrt, standard_normals
 from minidiff_fast.ops.philox import philox_4x32
 from minidiff_fast.shapes import check_shape, describe
 
@@ -174,7 +174,7 @@ def level2_noise_reference(
     else:
         times = index
         ab = schedule[index][:, :, None, None]
-        signal, spread = ab.clamp(min=0.0).sqrt(), (1.0 - ab).sqrt()
+        signal, spread = rounded_sqrt(ab.clamp(min=0.0)), rounded_sqrt(1.0 - ab)
         x = signal * clean + spread * eps
         if prediction == "epsilon":
             target = eps
