@@ -86,10 +86,10 @@ def _level2_noise_fwd_kernel(
     """x, noise and target [rows, size], times [rows] for a tile of rows b * K + k."""
     pid = tl.program_id(0)
     tile = pid % tiles
-    rows = (pid // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = (pid // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = rows < rows_total
-    b = rows // K
-    k = offset + rows % K
+    b = (rows // K).to(tl.int64)  # before this, 32 bits: a wide division costs more than the random words
+    k = (rows % K).to(tl.int64) + offset
     sample = b * total + k
     seed = tl.load(seed_pointer)
 
@@ -122,7 +122,7 @@ def _level2_noise_fwd_kernel(
     mask = valid[:, None] & (e < size)[None, :]
     within = (e // A).to(tl.int64) * stride_t + (e % A).to(tl.int64) * stride_a
     clean = tl.load(x0 + (b * stride_b)[:, None] + within[None, :], mask=mask, other=0.0).to(tl.float32)
-    out = (rows * size)[:, None] + e[None, :]
+    out = (rows.to(tl.int64) * size)[:, None] + e[None, :]
     signal = signal[:, None]
     spread = spread[:, None]
     tl.store(x_out + out, (signal * clean + spread * eps).to(x_out.dtype.element_ty), mask=mask)

@@ -51,10 +51,10 @@ def launch_forward(
     # Without elements one tile still writes the times.
     tiles = max(1, -(-size // (4 * config.block_q)))
     programs = -(-rows // config.block_r) * tiles
-    if max(programs, size + 4 * config.block_q) >= 2**31:
+    if max(programs, rows + config.block_r, size + 4 * config.block_q) >= 2**31:
         raise InvalidArgument(
-            f"level2_noise: T * A = {size} and the {programs} tiles of B * K = {rows} samples must stay below 2^31; "
-            "run K in chunks"
+            f"level2_noise: B * K = {rows} samples, their T * A = {size} elements and their {programs} tiles must stay "
+            "below 2^31; run K in chunks"
         )
     schedule = None if schedule is None else schedule.contiguous()
     with torch.cuda.device_of(x0):
