@@ -1,7 +1,7 @@
 // Level-2 noise for one instruction set: see csrc/minidiff_fast.h for the interface, minidiff_fast/ops/level2_noise.py
 // for the counters of the random stream and minidiff_fast/ops/box_muller.py for the arithmetic of the normals, which
-// is repeated here operation by operation: same bits. Plain loops over a batch of Philox counters, which compilers turn
-// into vectors; nothing may be fused (CMakeLists.txt: -ffp-contract=off), and sqrt is correctly rounded everywhere.
+// is repeated here operation by operation: same bits. Nothing may be fused (CMakeLists.txt: -ffp-contract=off), and
+// square roots are correctly rounded everywhere.
 #ifndef MINIDIFF_SIMD_NAMESPACE
 #error "define MINIDIFF_SIMD_NAMESPACE before including level2_noise_kernel.h"
 #endif
@@ -22,124 +22,226 @@ using ::level2_noise::Problem;
 constexpr int kLanes = 128;  // counters of a batch: 512 normals, all of it within the first-level cache
 
 struct Batch {
-  std::uint32_t counter[3][kLanes];  // block, sample low, sample high; the first three words when done
-  std::uint32_t tag[kLanes];         // the fourth
+  std::uint32_t word[4][kLanes];  // counters, then what Philox makes of them
   float normal[4 * kLanes];
 };
 
-MINIDIFF_INLINE void philox(Batch& batch, std::uint64_t seed, int lanes) {
-  for (int i = 0; i < lanes; ++i) {
-    std::uint32_t c0 = batch.counter[0][i], c1 = batch.counter[1][i], c2 = batch.counter[2][i], c3 = batch.tag[i];
+constexpr std::uint32_t kRound0 = 0xD2511F53u, kRound1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+
+#if defined(__AVX2__)
+// High and low words of factor * x.
+MINIDIFF_INLINE void multiply(__m256i factor, __m256i x, __m256i* high, __m256i* low) {
+  const __m256i even = _mm256_mul_epu32(x, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+
+MINIDIFF_INLINE __m256i load_lanes(const std::uint32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+MINIDIFF_INLINE void store_lanes(std::uint32_t* p, __m256i x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+#endif
+
+// Ten rounds on the counters (c0, c1, c2, c3)[i], in place; `lanes` is a multiple of eight.
+MINIDIFF_INLINE void philox(std::uint64_t seed, std::uint32_t* __restrict c0, std::uint32_t* __restrict c1,
+                            std::uint32_t* __restrict c2, std::uint32_t* __restrict c3, int lanes) {
+#if defined(__AVX2__)
+  const __m256i factor0 = _mm256_set1_epi32(static_cast<int>(kRound0));
+  const __m256i factor1 = _mm256_set1_epi32(static_cast<int>(kRound1));
+  for (int i = 0; i < lanes; i += 8) {
+    __m256i w0 = load_lanes(c0 + i), w1 = load_lanes(c1 + i), w2 = load_lanes(c2 + i), w3 = load_lanes(c3 + i);
     std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-      const std::uint64_t p0 = static_cast<std::uint64_t>(c0) * 0xD2511F53u;
-      const std::uint64_t p1 = static_cast<std::uint64_t>(c2) * 0xCD9E8D57u;
-      c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<std::uint32_t>(p1);
-      c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<std::uint32_t>(p0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      __m256i high0, low0, high1, low1;
+      multiply(factor0, w0, &high0, &low0);
+      multiply(factor1, w2, &high1, &low1);
+      w0 = _mm256_xor_si256(_mm256_xor_si256(high1, w1), _mm256_set1_epi32(static_cast<int>(k0)));
+      w2 = _mm256_xor_si256(_mm256_xor_si256(high0, w3), _mm256_set1_epi32(static_cast<int>(k1)));
+      w1 = low1, w3 = low0;
+      k0 += kWeyl0, k1 += kWeyl1;
     }
-    batch.counter[0][i] = c0, batch.counter[1][i] = c1, batch.counter[2][i] = c2, batch.tag[i] = c3;
+    store_lanes(c0 + i, w0), store_lanes(c1 + i, w1), store_lanes(c2 + i, w2), store_lanes(c3 + i, w3);
   }
+#else
+  for (int i = 0; i < lanes; ++i) {  // a plain loop: compilers know the widening product
+    std::uint32_t w0 = c0[i], w1 = c1[i], w2 = c2[i], w3 = c3[i];
+    std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const std::uint64_t p0 = static_cast<std::uint64_t>(w0) * kRound0;
+      const std::uint64_t p1 = static_cast<std::uint64_t>(w2) * kRound1;
+      w0 = static_cast<std::uint32_t>(p1 >> 32) ^ w1 ^ k0;
+      w1 = static_cast<std::uint32_t>(p1);
+      w2 = static_cast<std::uint32_t>(p0 >> 32) ^ w3 ^ k1;
+      w3 = static_cast<std::uint32_t>(p0);
+      k0 += kWeyl0, k1 += kWeyl1;
+    }
+    c0[i] = w0, c1[i] = w1, c2[i] = w2, c3[i] = w3;
+  }
+#endif
 }
 
-// The float nearest to a word: both halves and the first product are exact, the sum rounds once.
-MINIDIFF_INLINE float nearest(std::uint32_t word) {
-  return static_cast<float>(static_cast<std::int32_t>(word >> 16)) * 65536.0f +
-         static_cast<float>(static_cast<std::int32_t>(word & 0xFFFFu));
+MINIDIFF_INLINE V8 convert(I8 x) { return __builtin_convertvector(x, V8); }
+
+// The floats nearest to the words: both halves and the first product are exact, the sum rounds once.
+MINIDIFF_INLINE V8 nearest(U8 word) { return convert((I8)(word >> 16)) * 65536.0f + convert((I8)(word & 0xFFFFu)); }
+
+MINIDIFF_INLINE V8 square_root(V8 x) {
+#if defined(__AVX2__)
+  return (V8)_mm256_sqrt_ps((__m256)x);
+#else
+  V8 root;
+  for (int i = 0; i < 8; ++i) root[i] = std::sqrt(x[i]);
+  return root;
+#endif
 }
 
-MINIDIFF_INLINE std::uint32_t bits_of(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-MINIDIFF_INLINE float float_of(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-MINIDIFF_INLINE float radius(std::uint32_t word) {
-  const bool near_one = word < 1257966796u;
-  const std::uint32_t bits = bits_of(nearest(0u - word));
-  std::int32_t exponent = static_cast<std::int32_t>(bits >> 23) - 159;
-  float mantissa = float_of((bits & 0x7FFFFFu) | 0x3F800000u);
-  const bool high = mantissa > 1.41421354f;
-  mantissa = high ? mantissa * 0.5f : mantissa;
-  exponent = high ? exponent + 1 : exponent;
-  const float power = static_cast<float>(near_one ? 0 : exponent);
-  const float f = near_one ? nearest(word) * -0x1p-32f : mantissa - 1.0f;
-  const float square = f * f;
-  float p = -0.076344974f * f + 0.12761578f;
+MINIDIFF_INLINE V8 radius(U8 word) {
+  const I8 near_one = word < 1257966796u;
+  const I8 bits = as_int(nearest(-word));
+  const V8 whole = as_float((bits & 0x7FFFFF) | 0x3F800000);
+  const I8 high = whole > 1.41421354f;
+  const V8 mantissa = select(high, whole * 0.5f, whole);
+  const I8 exponent = (bits >> 23) - 159 - high;
+  const V8 power = convert(exponent & ~near_one);
+  const V8 f = select(near_one, nearest(word) * -0x1p-32f, mantissa - 1.0f);
+  const V8 square = f * f;
+  V8 p = -0.076344974f * f + 0.12761578f;
   p = p * f + -0.131601825f;
   p = p * f + 0.142017573f;
   p = p * f + -0.16623357f;
   p = p * f + 0.200012267f;
   p = p * f + -0.250008196f;
   p = p * f + 0.333333313f;
-  float log = square * f * p;
+  V8 log = square * f * p;
   log = log + power * -2.12194442e-4f;
   log = log - square * 0.5f;
   log = log + f;
   log = log + power * 0.693359375f;
-  return std::sqrt(log * -2.0f);
+  return square_root(log * -2.0f);
 }
 
-MINIDIFF_INLINE void normals(std::uint32_t first, std::uint32_t second, float* x, float* y) {
-  const float r = radius(first);
-  const std::uint32_t quarter = (second + 0x20000000u) >> 30;
-  const float g = static_cast<float>(static_cast<std::int32_t>(second - (quarter << 30))) * 1.46291812e-9f;
-  const float square = g * g;
-  float p = -1.9515284e-4f * square + 8.33216e-3f;
+MINIDIFF_INLINE void normals(const U8& first, const U8& second, V8* x, V8* y) {
+  const V8 r = radius(first);
+  const U8 quarter = (second + 0x20000000u) >> 30;
+  const V8 g = convert((I8)(second - (quarter << 30))) * 1.46291812e-9f;
+  const V8 square = g * g;
+  V8 p = -1.9515284e-4f * square + 8.33216e-3f;
   p = p * square + -0.16666655f;
-  const float sin = square * g * p + g;
+  const V8 sin = square * g * p + g;
   p = 2.4438452e-5f * square + -1.3887368e-3f;
   p = p * square + 4.1666646e-2f;
-  const float cos = square * square * p - square * 0.5f + 1.0f;
-  const bool odd = (quarter & 1u) != 0;
-  const std::uint32_t flip_x = ((quarter + 1u) & 2u) << 30, flip_y = (quarter & 2u) << 30;
-  *x = r * float_of(bits_of(odd ? sin : cos) ^ flip_x);
-  *y = r * float_of(bits_of(odd ? cos : sin) ^ flip_y);
+  const V8 cos = square * square * p - square * 0.5f + 1.0f;
+  const I8 odd = -(I8)(quarter & 1u);
+  const U8 flip_x = ((quarter + 1u) & 2u) << 30, flip_y = (quarter & 2u) << 30;
+  *x = r * as_float((I8)((U8)as_int(select(odd, sin, cos)) ^ flip_x));
+  *y = r * as_float((I8)((U8)as_int(select(odd, cos, sin)) ^ flip_y));
 }
 
-MINIDIFF_INLINE void box_muller(Batch& batch, int lanes) {
-  for (int i = 0; i < lanes; ++i) {
-    float* to = batch.normal + 4 * i;
-    normals(batch.counter[0][i], batch.counter[1][i], to, to + 1);
-    normals(batch.counter[2][i], batch.tag[i], to + 2, to + 3);
+// Four vectors of eight, z_j of counter i, to the order 4 i + j.
+MINIDIFF_INLINE void store_interleaved(float* to, V8 z0, V8 z1, V8 z2, V8 z3) {
+#if defined(__AVX2__)
+  const __m256 a = _mm256_unpacklo_ps((__m256)z0, (__m256)z1), b = _mm256_unpackhi_ps((__m256)z0, (__m256)z1);
+  const __m256 c = _mm256_unpacklo_ps((__m256)z2, (__m256)z3), d = _mm256_unpackhi_ps((__m256)z2, (__m256)z3);
+  const __m256d ac = (__m256d)_mm256_shuffle_ps(a, c, 0x44), ca = (__m256d)_mm256_shuffle_ps(a, c, 0xEE);
+  const __m256d bd = (__m256d)_mm256_shuffle_ps(b, d, 0x44), db = (__m256d)_mm256_shuffle_ps(b, d, 0xEE);
+  store(to, (V8)_mm256_permute2f128_pd(ac, ca, 0x20));
+  store(to + 8, (V8)_mm256_permute2f128_pd(bd, db, 0x20));
+  store(to + 16, (V8)_mm256_permute2f128_pd(ac, ca, 0x31));
+  store(to + 24, (V8)_mm256_permute2f128_pd(bd, db, 0x31));
+#else
+  for (int i = 0; i < 8; ++i) to[4 * i] = z0[i], to[4 * i + 1] = z1[i], to[4 * i + 2] = z2[i], to[4 * i + 3] = z3[i];
+#endif
+}
+
+MINIDIFF_INLINE U8 load_words(const std::uint32_t* p) {
+  U8 words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
+}
+
+// The normals of `lanes` counters, a multiple of eight.
+MINIDIFF_INLINE void fill(Batch& batch, std::uint64_t seed, int lanes) {
+  philox(seed, batch.word[0], batch.word[1], batch.word[2], batch.word[3], lanes);
+  for (int i = 0; i < lanes; i += 8) {
+    V8 z0, z1, z2, z3;
+    normals(load_words(batch.word[0] + i), load_words(batch.word[1] + i), &z0, &z1);
+    normals(load_words(batch.word[2] + i), load_words(batch.word[3] + i), &z2, &z3);
+    store_interleaved(batch.normal + 4 * i, z0, z1, z2, z3);
   }
 }
 
-// The integer time of a sample, in [0, steps).
-MINIDIFF_INLINE std::int64_t draw_time(const Problem& p, std::uint64_t sample, std::int64_t k, Batch& batch) {
-  batch.counter[0][0] = 0;
-  batch.counter[1][0] = static_cast<std::uint32_t>(sample);
-  batch.counter[2][0] = static_cast<std::uint32_t>(sample >> 32);
-  batch.tag[0] = 1;
-  philox(batch, p.seed, 1);
-  const std::int64_t scaled = static_cast<std::int64_t>((batch.counter[0][0] * static_cast<std::uint64_t>(p.steps)) >> 32);
-  return p.stratified ? (k * p.steps + scaled) / p.total : scaled;
-}
+// A sample and the number that its counters hold; walks from row to row without a division.
+struct Sample {
+  std::int64_t b, i;
+
+  Sample(const Problem& p, std::int64_t row) : b(row / p.samples), i(row % p.samples) {}
+  MINIDIFF_INLINE std::int64_t k(const Problem& p) const { return p.offset + i; }
+  MINIDIFF_INLINE std::uint64_t number(const Problem& p) const {
+    return static_cast<std::uint64_t>(b) * p.total + k(p);
+  }
+  MINIDIFF_INLINE void next(const Problem& p) {
+    if (++i == p.samples) ++b, i = 0;
+  }
+};
 
 struct Levels {
   float signal, spread;
 };
 
-MINIDIFF_INLINE Levels write_time(const Problem& p, std::int64_t row, std::int64_t index) {
-  if (p.schedule == nullptr) {
-    const float time = static_cast<float>(static_cast<std::int32_t>(index)) * 0x1p-24f;
-    static_cast<float*>(p.times)[row] = time;
-    const float spread = p.noise_at == 1 ? time : 1.0f - time;
-    return {1.0f - spread, spread};
+// Times of samples one after the other, drawn many at once, and what they weigh data and noise with.
+class Times {
+ public:
+  // Row by row, no row left out; writes the row's time.
+  MINIDIFF_INLINE Levels at(const Problem& p, std::int64_t row, const Sample& sample) {
+    if (row >= first_ + kLanes) draw(p, row, sample);
+    const std::int64_t i = row - first_;
+    if (p.schedule == nullptr) {
+      static_cast<float*>(p.times)[row] = static_cast<float>(index_[i]) * 0x1p-24f;
+    } else {
+      static_cast<std::int64_t*>(p.times)[row] = index_[i];
+    }
+    return {signal_[i], spread_[i]};
   }
-  static_cast<std::int64_t*>(p.times)[row] = index;
-  const float share = p.schedule[index];
-  return {std::sqrt(share > 0.0f ? share : 0.0f), std::sqrt(1.0f - share)};
-}
+
+ private:
+  void draw(const Problem& p, std::int64_t row, Sample sample) {
+    std::int64_t k[kLanes];
+    for (int i = 0; i < kLanes; ++i, sample.next(p)) {
+      const std::uint64_t number = sample.number(p);
+      k[i] = sample.k(p);
+      word_[0][i] = 0;
+      word_[1][i] = static_cast<std::uint32_t>(number);
+      word_[2][i] = static_cast<std::uint32_t>(number >> 32);
+      word_[3][i] = 1;
+    }
+    philox(p.seed, word_[0], word_[1], word_[2], word_[3], kLanes);
+    const std::uint64_t steps = static_cast<std::uint64_t>(p.steps);
+    for (int i = 0; i < kLanes; ++i) index_[i] = static_cast<std::int32_t>((word_[0][i] * steps) >> 32);
+    if (p.stratified) {
+      for (int i = 0; i < kLanes; ++i) index_[i] = static_cast<std::int32_t>((k[i] * p.steps + index_[i]) / p.total);
+    }
+    if (p.schedule == nullptr) {
+      for (int i = 0; i < kLanes; ++i) {
+        const float time = static_cast<float>(index_[i]) * 0x1p-24f;
+        spread_[i] = p.noise_at == 1 ? time : 1.0f - time;
+        signal_[i] = 1.0f - spread_[i];
+      }
+    } else {
+      for (int i = 0; i < kLanes; ++i) signal_[i] = p.schedule[index_[i]];
+      for (int i = 0; i < kLanes; ++i) spread_[i] = std::sqrt(1.0f - signal_[i]);
+      for (int i = 0; i < kLanes; ++i) signal_[i] = std::sqrt(signal_[i] > 0.0f ? signal_[i] : 0.0f);
+    }
+    first_ = row;
+  }
+
+  std::int64_t first_ = -kLanes;
+  std::uint32_t word_[4][kLanes];
+  std::int32_t index_[kLanes];
+  float signal_[kLanes], spread_[kLanes];
+};
 
 // Elements [begin, end) of one sample; normal[0] belongs to `begin`.
 template <typename Out>
@@ -167,57 +269,40 @@ MINIDIFF_INLINE void write_elements(const Problem& p, std::int64_t row, std::int
 // Samples [first, last) of the B * K: batches of counters run over the ends of samples, so that short ones fill them.
 template <typename Out>
 void run_rows(const Problem& p, std::int64_t first, std::int64_t last) {
-  Batch batch;
   const std::int64_t blocks = (p.size + 3) / 4;
-  const auto sample_of = [&p](std::int64_t row, std::int64_t* b, std::int64_t* k) {
-    *b = row / p.samples;
-    *k = p.offset + row % p.samples;
-    return static_cast<std::uint64_t>(*b) * p.total + *k;
-  };
+  Times times;
+  Batch batch;
   Levels levels{};
-  std::int64_t b, k;
+  Sample drawn(p, first), written(p, first);
+  std::int64_t row = first, block = 0;  // of `written`
   if (blocks == 0) {
-    for (std::int64_t row = first; row < last; ++row) {
-      const std::uint64_t sample = sample_of(row, &b, &k);
-      write_time(p, row, draw_time(p, sample, k, batch));
-    }
+    for (; row < last; ++row, written.next(p)) times.at(p, row, written);
     return;
   }
-  std::int64_t row = first, block = 0;  // the next counter
-  while (row < last) {
-    const std::int64_t start_row = row, start_block = block;
-    int lanes = 0;
-    while (lanes < kLanes && row < last) {
-      std::uint64_t source = sample_of(row, &b, &k);
-      if (p.antithetic) source -= static_cast<std::uint64_t>(k & 1);
-      const int count = static_cast<int>(std::min<std::int64_t>(kLanes - lanes, blocks - block));
-      for (int i = 0; i < count; ++i) {
-        batch.counter[0][lanes + i] = static_cast<std::uint32_t>(block + i);
-        batch.counter[1][lanes + i] = static_cast<std::uint32_t>(source);
-        batch.counter[2][lanes + i] = static_cast<std::uint32_t>(source >> 32);
-        batch.tag[lanes + i] = 2;
-      }
-      lanes += count;
-      block += count;
-      if (block == blocks) ++row, block = 0;
-    }
-    // A multiple of eight, so that no lane is left to scalar code.
+  for (std::int64_t left = (last - first) * blocks, next = 0; left > 0;) {
+    const int lanes = static_cast<int>(std::min<std::int64_t>(kLanes, left));
     const int padded = (lanes + 7) / 8 * 8;
-    for (int i = lanes; i < padded; ++i) {
-      for (auto& words : batch.counter) words[i] = 0;
-      batch.tag[i] = 0;
+    for (int i = 0; i < padded; ++i) {
+      const std::uint64_t odd = p.antithetic ? static_cast<std::uint64_t>(drawn.k(p) & 1) : 0;
+      const std::uint64_t source = drawn.number(p) - odd;
+      batch.word[0][i] = static_cast<std::uint32_t>(next);
+      batch.word[1][i] = static_cast<std::uint32_t>(source);
+      batch.word[2][i] = static_cast<std::uint32_t>(source >> 32);
+      batch.word[3][i] = 2;
+      if (++next == blocks) drawn.next(p), next = 0;
     }
-    philox(batch, p.seed, padded);
-    box_muller(batch, padded);
-    std::int64_t done = 0;
-    for (std::int64_t r = start_row, q = start_block; done < lanes; ++r, q = 0) {
-      const std::uint64_t sample = sample_of(r, &b, &k);
-      if (q == 0) levels = write_time(p, r, draw_time(p, sample, k, batch));
-      const std::int64_t count = std::min<std::int64_t>(lanes - done, blocks - q);
-      const std::int64_t end = std::min(p.size, 4 * (q + count));
-      write_elements<Out>(p, r, b, levels, p.antithetic && (k & 1), 4 * q, end, batch.normal + 4 * done);
+    fill(batch, p.seed, padded);
+    for (std::int64_t done = 0; done < lanes;) {
+      if (block == 0) levels = times.at(p, row, written);
+      const std::int64_t count = std::min<std::int64_t>(lanes - done, blocks - block);
+      const std::int64_t end = std::min(p.size, 4 * (block + count));
+      const bool negate = p.antithetic && (written.k(p) & 1) != 0;
+      write_elements<Out>(p, row, written.b, levels, negate, 4 * block, end, batch.normal + 4 * done);
       done += count;
+      block += count;
+      if (block == blocks) ++row, written.next(p), block = 0;
     }
+    left -= lanes;
   }
 }
 
