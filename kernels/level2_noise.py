@@ -129,8 +129,6 @@ def _level2_noise_fwd_kernel(
     if WANT_NOISE:
         tl.store(noise_out + out, eps, mask=mask)
     if WANT_TARGET:
-        if FLOW:
-            target = eps - clean if NOISE_AT_ONE else clean - eps
-        else:
-            target = signal * eps - spread * clean
+        velocity = eps - clean if NOISE_AT_ONE else clean - eps
+        target = velocity if FLOW else signal * eps - spread * clean
         tl.store(target_out + out, target, mask=mask)

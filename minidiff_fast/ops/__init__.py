@@ -6,10 +6,17 @@ from minidiff_fast.ops.broadcast_attention import (
     broadcast_attention_reference,
     draw_dropout_seed,
 )
+from minidiff_fast.ops.denoising_loss import denoising_loss, denoising_loss_reference
+from minidiff_fast.ops.level2_noise import Level2Noise, level2_noise, level2_noise_reference
 
 __all__ = [
     "AttentionOutput",
+    "Level2Noise",
     "broadcast_attention",
     "broadcast_attention_reference",
+    "denoising_loss",
+    "denoising_loss_reference",
     "draw_dropout_seed",
+    "level2_noise",
+    "level2_noise_reference",
 ]

@@ -59,7 +59,7 @@ class Level2Noise(NamedTuple):
     x: Tensor
     """[B, K, T, A], the dtype of x0: the noisy samples."""
     target: Tensor
-    """[B, K, T, A] float32. For ``"sample"`` a view of x0 (float32) that has no K copies; for ``"epsilon"`` the noise."""
+    """[B, K, T, A] float32: for ``"sample"`` a view of x0 in float32, never K copies; for ``"epsilon"`` the noise."""
     timesteps: Tensor
     """[B, K]: int64 in [0, steps), or for ``"flow"`` float32 in [0, 1)."""
     noise: Tensor | None
