@@ -99,6 +99,25 @@ typedef struct minidiff_fast_broadcast_attention {
 
 MINIDIFF_FAST_API int minidiff_fast_broadcast_attention_forward(const minidiff_fast_broadcast_attention* call);
 MINIDIFF_FAST_API int minidiff_fast_broadcast_attention_backward(const minidiff_fast_broadcast_attention* call);
+/* ---- Level-2 noise -------------------------------------------------------------------------------------------
+ * Times, normals, noisy samples and targets of samples offset .. offset + samples - 1 (out of `total`) of every
+ * condition, row b * samples + i; the random stream is described in minidiff_fast/ops/level2_noise.py.
+ *   x0        [batch, size] float
+ *   schedule  [steps] float, alphas_cumprod; null for flow matching (then steps is 2^24)
+ *   seed      one int64
+ *   noise_at  flow matching: the end of time that is noise, 0 or 1
+ *   x         [batch * samples, size], bfloat16 (rounded to nearest even) if bfloat16_out, else float
+ *   noise     [batch * samples, size] float, or null
+ *   target    [batch * samples, size] float, or null: v (with a schedule) or the velocity (without)
+ *   times     [batch * samples] int64 timesteps, or float in [0, 1) for flow matching
+ *   threads   at most so many; the result does not depend on it
+ *   portable  not 0: leave out what only some processors can do; the result does not depend on it
+ * Status: 0, or MINIDIFF_FAST_EINVALID. */
+MINIDIFF_FAST_API int minidiff_fast_level2_noise(const float* x0, const float* schedule, int64_t steps,
+                                                 const int64_t* seed, int64_t batch, int64_t samples, int64_t size,
+                                                 int64_t offset, int64_t total, int noise_at, int stratified,
+                                                 int antithetic, int bfloat16_out, void* x, float* noise,
+                                                 float* target, void* times, int threads, int portable);
 
 #ifdef __cplusplus
 }

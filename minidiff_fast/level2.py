@@ -25,8 +25,35 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.ops.level2_noise import NoiseDraw, TimestepDraw
 from minidiff_fast.policy import Policy
 from minidiff_fast.shapes import check_shape, describe
+
+
+class Noised(NamedTuple):
+    """Noised samples and what the network should say about them."""
+
+    x: Tensor
+    """[B, K, T, A]: the network's input."""
+    t: Tensor
+    """[B, K]: the network's time input."""
+    target: Tensor
+    """[B, K, T, A] float32."""
+
+
+class Drawn(NamedTuple):
+    """What an objective draws for K samples of every condition."""
+
+    actions: Tensor
+    """[B, T, A]: the clean samples."""
+    timesteps: Tensor
+    """[B, K], see :class:`Level2Batch`."""
+    noise: Tensor
+    """[B, K, T, A] float32, standard normal."""
+    noised: Noised | None = None
+    """The samples noised with these, where that was done in the same pass."""
+    by: Any = None
+    """The process that noised them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +72,8 @@ class Level2Batch:
     """[B, K] or None: factor on each sample's loss (the mean still divides by B * K)."""
     mask: Tensor | None = None
     """[B, T] boolean or None: True where an action counts."""
+    drawn: Drawn | None = None
+    """What :meth:`draw` got from the objective; read it through :meth:`noised_by`."""
 
     def __post_init__(self) -> None:
         context = partial(describe, actions=self.actions, timesteps=self.timesteps, noise=self.noise)
@@ -79,31 +108,50 @@ class Level2Batch:
         generator: torch.Generator | None = None,
         weight: Tensor | None = None,  # [B, K]
         mask: Tensor | None = None,  # [B, T] bool
+        timesteps: TimestepDraw = "iid",
+        noise: NoiseDraw = "iid",
     ) -> Level2Batch:
-        """Independent timesteps and noise for the K samples of every condition.
+        """Timesteps and noise for the K samples of every condition, and the noised samples, in one pass.
 
-        Drawn on the generator's device (that of ``actions`` without a generator) and moved to that of ``actions``,
-        so that one CPU generator gives one stream on every device.
+        ``timesteps="stratified"`` spreads the K timesteps of a condition evenly over the schedule,
+        ``noise="antithetic"`` gives samples 2 i and 2 i + 1 opposite noise: neither changes the expected loss, both
+        lower the variance of its mean over K. See :func:`~minidiff_fast.ops.level2_noise.level2_noise`.
+
+        All of it is a function of one 64-bit seed, drawn from ``generator`` (without one, from torch's of the device of
+        ``actions``): one CPU generator gives one stream on every device, and the host never waits.
         """
         if k < 1:
             raise InvalidArgument(f"Level2Batch.draw: K, the samples per condition, must be at least 1, got {k}")
         if actions.dim() != 3:
             raise InvalidArgument(f"Level2Batch.draw: actions must be [B, T, A], got {list(actions.shape)}")
         device = actions.device if generator is None else generator.device
-        timesteps = objective.draw_timesteps((actions.shape[0], k), device=device, generator=generator)
-        shape = (actions.shape[0], k, *actions.shape[1:])
-        noise = torch.randn(shape, dtype=actions.dtype, device=device, generator=generator)
-        return cls(obs, actions, _move(timesteps, actions.device), _move(noise, actions.device), weight, mask)
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device, generator=generator)
+        drawn = objective.draw(actions, k, seed=_move(seed, actions.device), timesteps=timesteps, noise=noise)
+        return cls(obs, actions, drawn.timesteps, drawn.noise, weight, mask, drawn)
 
     @property
     def samples(self) -> int:
         """K, the samples per condition."""
         return self.timesteps.shape[1]
 
+    def noised_by(self, process: Any) -> Noised | None:
+        """The samples as ``process`` noised them when this batch was drawn; None if it did not, or if actions, noise or
+        timesteps have been replaced since. (Do not change those tensors in place.)"""
+        drawn = self.drawn
+        if drawn is None or drawn.by is not process:
+            return None
+        same = drawn.actions is self.actions and drawn.timesteps is self.timesteps and drawn.noise is self.noise
+        return drawn.noised if same else None
+
     def chunk(self, start: int, stop: int) -> Level2Batch:
         """Samples ``start .. stop - 1`` of every condition; views, no copies."""
         weight = None if self.weight is None else self.weight[:, start:stop]
-        return replace(self, timesteps=self.timesteps[:, start:stop], noise=self.noise[:, start:stop], weight=weight)
+        timesteps, noise = self.timesteps[:, start:stop], self.noise[:, start:stop]
+        drawn, noised = None, None if self.drawn is None else self.noised_by(self.drawn.by)
+        if self.drawn is not None and noised is not None:
+            part = Noised(*(tensor[:, start:stop] for tensor in noised))
+            drawn = Drawn(self.actions, timesteps, noise, part, self.drawn.by)
+        return replace(self, timesteps=timesteps, noise=noise, weight=weight, drawn=drawn)
 
 
 def _move(drawn: Tensor, device: torch.device) -> Tensor:
@@ -116,12 +164,12 @@ def _move(drawn: Tensor, device: torch.device) -> Tensor:
 
 
 class Objective(Protocol):
-    """What :func:`level2_step` needs of an objective."""
+    """What :meth:`Level2Batch.draw` (``draw``) and :func:`level2_step` (``per_sample``) need of an objective."""
 
-    def draw_timesteps(
-        self, shape: tuple[int, int], *, device: torch.device, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Times ``[B, K]``."""
+    def draw(
+        self, actions: Tensor, k: int, *, seed: Tensor, timesteps: TimestepDraw = "iid", noise: NoiseDraw = "iid"
+    ) -> Drawn:
+        """Times and noise for K samples of every condition, functions of ``seed`` (``[1]`` int64) alone."""
 
     def per_sample(self, denoise: Callable[[Any, Tensor, Tensor], Tensor], cache: Any, batch: Level2Batch) -> Tensor:
         """The loss of every sample, ``[B, K]`` float32, weights applied."""

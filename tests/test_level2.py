@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 
@@ -203,6 +204,34 @@ def test_draw_is_a_function_of_the_generator():
     assert not torch.equal(first.noise, batch_of(seed=4).noise)
     assert first.timesteps.shape == (3, 6) and first.noise.shape == (3, 6, 4, 2)
     assert first.samples == 6
+
+
+@pytest.mark.parametrize("options", [{}, {"timesteps": "stratified", "noise": "antithetic"}], ids=str)
+def test_a_drawn_batch_is_noised_already(options):
+    actions = torch.randn(2, 4, 3)
+    process = DiffusionProcess(torch.linspace(0.99, 0.01, 10), "v_prediction")
+    generator = torch.Generator().manual_seed(5)
+    batch = Level2Batch.draw(None, actions, 6, DenoisingLoss(process), generator=generator, **options)
+    assert torch.equal(generator.get_state(), _after_one_seed(5))
+    for part in (batch, batch.chunk(2, 6), batch.chunk(2, 6).chunk(1, 2)):
+        made = part.noised_by(process)
+        again = process.noised(part.actions, part.noise, part.timesteps)
+        assert made is not None and all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+    assert batch.noised_by(DiffusionProcess(process.alphas_cumprod, "v_prediction")) is None
+    other = dataclasses.replace(batch, noise=torch.zeros_like(batch.noise))
+    assert other.noised_by(process) is None and other.chunk(0, 2).noised_by(process) is None
+    assert dataclasses.replace(batch, actions=actions + 1).noised_by(process) is None
+    if options:
+        assert torch.equal(batch.noise[:, 0::2], -batch.noise[:, 1::2])
+        assert (batch.timesteps.sort(1).values == batch.timesteps).all()
+    with pytest.raises(InvalidArgument, match="timesteps must be one of iid, stratified, got 'even'"):
+        Level2Batch.draw(None, actions, 6, OBJECTIVE, timesteps="even")  # type: ignore[arg-type]
+
+
+def _after_one_seed(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    torch.randint(0, 2**62, (1,), generator=generator)
+    return generator.get_state()
 
 
 def test_drawn_samples_of_a_condition_differ():

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.level2 import Level2Batch
+from minidiff_fast.level2 import Drawn, Level2Batch, Noised
+from minidiff_fast.ops.box_muller import rounded_sqrt
+from minidiff_fast.ops.denoising_loss import denoising_loss
+from minidiff_fast.ops.level2_noise import Level2Noise, NoiseDraw, TimestepDraw, level2_noise
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
-
-
-class Noised(NamedTuple):
-    """A noised sample and what the network should say about it."""
-
-    x: Tensor
-    """[B, K, T, A]: the network's input."""
-    t: Tensor
-    """[B, K]: the network's time input."""
-    target: Tensor
-    """[B, K, T, A] float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +77,38 @@ class DiffusionProcess:
         """Uniform integers in [0, num_train_timesteps), int64 ``[B, K]``."""
         return torch.randint(0, self.num_train_timesteps, shape, device=device, generator=generator)
 
+    def draw(
+        self,
+        x0: Tensor,  # [B, T, A]
+        k: int,
+        *,
+        seed: Tensor,  # [1] int64
+        timesteps: TimestepDraw = "iid",
+        noise: NoiseDraw = "iid",
+    ) -> Drawn:
+        """Draw K times and noises for every condition and noise with them, in one pass: what :meth:`noised` gives."""
+        drawn = level2_noise(
+            x0, k, schedule=self._schedule(x0.device), prediction=self.prediction_type, timesteps=timesteps,
+            noise=noise, seed=seed, return_noise=True,
+        )  # fmt: skip
+        return _drawn(x0, drawn, drawn.timesteps, self)
+
+    def _schedule(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = self.alphas_cumprod.to(device, torch.float32)
+        return self._on[device]
+
     def noised(
         self,
         x0: Tensor,  # [B, T, A]
         noise: Tensor,  # [B, K, T, A]
         t: Tensor,  # [B, K] int64
     ) -> Noised:
-        """Noise every condition's clean sample K times, in float32."""
+        """Noise every condition's clean sample K times with noise at hand, in float32."""
         if t.is_floating_point():
             raise InvalidArgument(f"DiffusionProcess: timesteps must be integers, got {t.dtype}")
-        if t.device not in self._on:
-            self._on[t.device] = self.alphas_cumprod.to(t.device, torch.float32)
-        ab = self._on[t.device][t][:, :, None, None]
-        signal, spread = ab.clamp(min=0.0).sqrt(), (1.0 - ab).sqrt()
+        ab = self._schedule(t.device)[t][:, :, None, None]
+        signal, spread = rounded_sqrt(ab.clamp(min=0.0)), rounded_sqrt(1.0 - ab)
         clean, eps = x0[:, None].float(), noise.float()
         x = signal * clean + spread * eps
         if self.prediction_type == "epsilon":
@@ -134,13 +145,29 @@ class FlowMatching:
         """Uniform times in [0, 1), float32 ``[B, K]``."""
         return torch.rand(shape, device=device, generator=generator)
 
+    def draw(
+        self,
+        x0: Tensor,  # [B, T, A]
+        k: int,
+        *,
+        seed: Tensor,  # [1] int64
+        timesteps: TimestepDraw = "iid",
+        noise: NoiseDraw = "iid",
+    ) -> Drawn:
+        """Draw K times and noises for every condition and noise with them, in one pass: what :meth:`noised` gives."""
+        drawn = level2_noise(
+            x0, k, schedule=None, prediction="flow", noise_at=self.noise_at, timesteps=timesteps, noise=noise,
+            seed=seed, return_noise=True,
+        )  # fmt: skip
+        return _drawn(x0, drawn, drawn.timesteps * self.timestep_scale, self)
+
     def noised(
         self,
         x0: Tensor,  # [B, T, A]
         noise: Tensor,  # [B, K, T, A]
         t: Tensor,  # [B, K] float, in [0, 1]
     ) -> Noised:
-        """Noise every condition's clean sample K times, in float32."""
+        """Noise every condition's clean sample K times with noise at hand, in float32."""
         if not t.is_floating_point():
             raise InvalidArgument(f"FlowMatching: times must be floats in [0, 1], got {t.dtype}")
         level = (t if self.noise_at == 1 else 1.0 - t).float()[:, :, None, None]
@@ -148,6 +175,12 @@ class FlowMatching:
         x = (1.0 - level) * clean + level * eps
         velocity = eps - clean if self.noise_at == 1 else clean - eps
         return Noised(x.to(x0.dtype), t * self.timestep_scale, velocity)
+
+
+def _drawn(x0: Tensor, drawn: Level2Noise, t: Tensor, process: DiffusionProcess | FlowMatching) -> Drawn:
+    """What the op gave, as a batch carries it; ``t`` is the network's time input."""
+    assert drawn.noise is not None
+    return Drawn(x0, drawn.timesteps, drawn.noise, Noised(drawn.x, t, drawn.target), process)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +193,17 @@ class DenoisingLoss:
     process: DiffusionProcess | FlowMatching
     """How samples are noised and what is predicted."""
 
-    def draw_timesteps(
-        self, shape: tuple[int, int], *, device: torch.device, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Independent times for ``[B, K]`` samples, from the process."""
-        return self.process.draw_timesteps(shape, device=device, generator=generator)
+    def draw(
+        self,
+        actions: Tensor,  # [B, T, A]
+        k: int,
+        *,
+        seed: Tensor,  # [1] int64
+        timesteps: TimestepDraw = "iid",
+        noise: NoiseDraw = "iid",
+    ) -> Drawn:
+        """Times, noise and noised samples, K for every condition, from the process."""
+        return self.process.draw(actions, k, seed=seed, timesteps=timesteps, noise=noise)
 
     def per_sample(
         self, denoise: Callable[[Any, Tensor, Tensor], Tensor], cache: Any, batch: Level2Batch
@@ -174,17 +213,13 @@ class DenoisingLoss:
         Raises:
             InvalidArgument: the prediction is not of the noise's shape.
         """
-        noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
+        noised = batch.noised_by(self.process)
+        if noised is None:
+            noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
         prediction = denoise(cache, noised.x, noised.t)
         if prediction.shape != noised.target.shape:
             raise InvalidArgument(
                 f"DenoisingLoss: denoise must return [B, K, T, A] = {list(noised.target.shape)}, "
                 f"got {list(prediction.shape)}"
             )
-        error = (prediction.float() - noised.target).square().mean(-1)  # [B, K, T]
-        if batch.mask is None:
-            loss = error.mean(-1)
-        else:
-            counted = batch.mask[:, None].to(error.dtype)
-            loss = (error * counted).sum(-1) / counted.sum(-1).clamp(min=1.0)
-        return loss if batch.weight is None else loss * batch.weight.float()
+        return denoising_loss(prediction, noised.target, weight=batch.weight, mask=batch.mask).float()

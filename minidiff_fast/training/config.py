@@ -48,6 +48,10 @@ class TrainConfig:
     """K, noised action samples per condition; the condition is encoded once for all of them."""
     l2_chunk: int | None = None
     """Samples per condition that run at once; less needs less memory. None: all K."""
+    timesteps: Literal["iid", "stratified"] = "iid"
+    """stratified: the K timesteps of a condition cover the schedule evenly, for a gradient of lower variance."""
+    noise: Literal["iid", "antithetic"] = "iid"
+    """antithetic: the samples of a condition come in pairs of opposite noise, for a gradient of lower variance."""
     budget: str | None = None
     """Training time (90s, 5m, 1h) without evaluations and checkpoints. 20m if --max-steps is not given."""
     max_steps: int | None = None
@@ -103,7 +107,10 @@ class TrainConfig:
         for name in ("lr", "grad_clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
                 raise InvalidOption(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
-        choices = {"mixed_precision": ("no", "fp16", "bf16"), "device": ("auto", "cpu", "cuda")}
+        choices = {
+            "mixed_precision": ("no", "fp16", "bf16"), "device": ("auto", "cpu", "cuda"),
+            "timesteps": ("iid", "stratified"), "noise": ("iid", "antithetic"),
+        }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidOption(f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -227,6 +227,8 @@ class _Trainer:
             config.l2_batch,
             self.objective,
             generator=self.order.generator,
+            timesteps=config.timesteps,
+            noise=config.noise,
         )
         scaler = self.accelerator.scaler
         with self.accelerator.autocast():
@@ -370,6 +372,7 @@ class _Trainer:
         checkpoint.load_weights(self.policy, found / checkpoint.MODEL)
         trained = {**info.train, **asdict(info.policy)}
         mine = {**self.config.to_dict(), **asdict(self.config.policy)}
+        trained = {**TrainConfig().to_dict(), **trained}  # a run from before an option did what is its default
         for name, value in mine.items():
             if name not in RESUMABLE and trained.get(name) != value:
                 raise CheckpointError(

@@ -79,6 +79,25 @@ def test_the_two_time_conventions_are_mirror_images():
     torch.testing.assert_close(one.target, -zero.target)
 
 
+@pytest.mark.parametrize(
+    "process",
+    [
+        *(DiffusionProcess(torch.linspace(0.99, 0.0, 10), kind) for kind in ("epsilon", "sample", "v_prediction")),
+        FlowMatching(),
+        FlowMatching(noise_at=0, timestep_scale=1.0),
+    ],
+    ids=["epsilon", "sample", "v", "flow", "flow0"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_is_drawn_in_one_pass_is_what_noised_gives(process, dtype):
+    x0 = torch.randn(B, T, A).to(dtype)
+    drawn = process.draw(x0, K, seed=torch.tensor([3]), timesteps="stratified", noise="antithetic")
+    again = process.noised(x0, drawn.noise, drawn.timesteps)
+    assert drawn.by is process and drawn.noised.x.dtype == dtype
+    for a, b in zip(drawn.noised, again, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_timesteps_cover_their_range():
     process = DiffusionProcess(torch.linspace(0.9, 0.1, 7))
     t = process.draw_timesteps((500, 8), device=torch.device("cpu"), generator=torch.Generator().manual_seed(0))

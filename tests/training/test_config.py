@@ -68,6 +68,8 @@ def test_trackers() -> None:
         ({"seed": -1}, "--seed"),
         ({"mixed_precision": "int8"}, "--mixed-precision must be one of no, fp16, bf16"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
+        ({"timesteps": "even"}, "--timesteps must be one of iid, stratified, got 'even'"),
+        ({"noise": "white"}, "--noise must be one of iid, antithetic, got 'white'"),
         ({"eval_every": "x"}, "--eval-every"),
         ({"budget": "x"}, "--budget"),
         ({"out": " "}, "--out"),
