@@ -6,10 +6,13 @@ from minidiff_fast.ops.broadcast_attention import (
     broadcast_attention_reference,
     draw_dropout_seed,
 )
+from minidiff_fast.ops.broadcast_modulate import broadcast_modulate, broadcast_modulate_reference
 
 __all__ = [
     "AttentionOutput",
     "broadcast_attention",
     "broadcast_attention_reference",
+    "broadcast_modulate",
+    "broadcast_modulate_reference",
     "draw_dropout_seed",
 ]
