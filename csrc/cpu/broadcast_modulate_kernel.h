@@ -215,7 +215,16 @@ inline void repeat_tokens(const float* from, Int channels, Int tokens, float* to
   }
 }
 
-// Adds each channel's T columns to its total.
+// Four floats from each of two places.
+MINIDIFF_INLINE V8 load_halves(const float* low, const float* high) {
+#if defined(__AVX2__)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+#else
+  return V8{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+#endif
+}
+
+// Adds each channel's T columns to its total, eight channels at a time (sixteen where two fit into a vector).
 inline void add_tokens(const float* from, Int channels, Int tokens, float* to) {
   const Int tail = tokens % 8;
   const I8 mask = first_lanes(tail);
@@ -226,8 +235,20 @@ inline void add_tokens(const float* from, Int channels, Int tokens, float* to) {
     return sum;
   };
   Int i = 0;
+  V8 r[8];
+  if (tokens <= 4) {
+    const I8 both = (iota() & 3) < (I8{} + static_cast<std::int32_t>(tokens));
+    for (; i + 16 <= channels; i += 16) {
+      for (Int j = 0; j < 8; ++j) {
+        r[j] = load_halves(from + (i + j) * tokens, from + (i + j + 8) * tokens);
+        if (tokens < 4) r[j] = as_float(as_int(r[j]) & both);
+      }
+      transpose(r);
+      store(to + i, load(to + i) + ((r[0] + r[2]) + (r[1] + r[3])));
+      store(to + i + 8, load(to + i + 8) + ((r[4] + r[6]) + (r[5] + r[7])));
+    }
+  }
   for (; i + 8 <= channels; i += 8) {
-    V8 r[8];
     for (Int j = 0; j < 8; ++j) r[j] = channel_sum(i + j);
     transpose(r);
     store(to + i, load(to + i) + (((r[0] + r[4]) + (r[2] + r[6])) + ((r[1] + r[5]) + (r[3] + r[7]))));
