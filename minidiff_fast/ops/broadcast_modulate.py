@@ -206,7 +206,7 @@ def _check_options(
         raise InvalidArgument(f"{NAME}: num_groups belongs to norm='group', got {num_groups!r} with norm={norm!r}")
     if num_groups is not None and (not isinstance(num_groups, int) or num_groups < 1):
         raise InvalidArgument(f"{NAME}: num_groups must be a positive integer, got {num_groups!r}")
-    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise InvalidArgument(f"{NAME}: eps must be a finite number, at least 0, got {eps!r}")
 
 
