@@ -17,7 +17,7 @@
 
 #define MINIDIFF_FAST_OK 0
 #define MINIDIFF_FAST_EINVALID (-1) /* an argument is null or out of range */
-#define MINIDIFF_FAST_EMEMORY (-2)  /* working memory could not be had */
+#define MINIDIFF_FAST_ENOMEM (-2)   /* no memory for the work space */
 
 #if defined(_WIN32)
 #define MINIDIFF_FAST_API __declspec(dllexport)
@@ -57,6 +57,48 @@ MINIDIFF_FAST_API int minidiff_fast_cuda_device(int index, char* name, size_t na
 
 /* Text of a status that a function of this library returned; static storage. */
 MINIDIFF_FAST_API const char* minidiff_fast_cuda_error(int status);
+
+/* Broadcast attention on the CPU (minidiff_fast/ops/broadcast_attention.py is its definition).
+ *
+ * Strides are in elements. Everything without strides is contiguous. Every member has 8 bytes. */
+typedef struct minidiff_fast_broadcast_attention {
+  int64_t size;     /* sizeof this structure: both sides must mean the same */
+  int64_t dtype;    /* of q, k, v, own_k, own_v, out, dout and the gradients: 0 float32, 1 bfloat16 */
+  int64_t threads;  /* results are the same bits for the same number of threads */
+  int64_t portable; /* nonzero: no instructions that only some processors have */
+  int64_t batch, samples, tokens, heads, kv_heads, width; /* B, K, T, H, Hkv, D */
+  int64_t shared;   /* S; with cu_seqlens: tokens in all */
+  int64_t own;      /* P */
+  int64_t own_causal;
+  int64_t own_column; /* dropout's column of own key 0 */
+  int64_t dropout_threshold;
+  double scale, keep_scale; /* factor on logits; 1 / (1 - dropout_p) */
+  const int64_t* seed;      /* null: no dropout */
+  const void* q;            /* [B, K, T, H, D] */
+  const void* k;            /* [B, S, Hkv, D]; with cu_seqlens [N, Hkv, D] and k_strides[0] == 0 */
+  const void* v;
+  const void* own_k; /* [B, K, P, Hkv, D], or null */
+  const void* own_v;
+  const void* lengths; /* [B], or null */
+  int64_t lengths_size; /* bytes of one length: 4 or 8 */
+  const int32_t* cu_seqlens; /* [B + 1], or null */
+  const unsigned char* mask; /* [B, T, S], strides 0 where it broadcasts, or null */
+  int64_t q_strides[5], k_strides[4], v_strides[4], own_k_strides[5], own_v_strides[5], mask_strides[3];
+  void* out;             /* [B, K, T, H, D]: written by forward, read by backward */
+  float* lse;            /* [B, K, T, H]: likewise */
+  float* lse_correction; /* [B, K, T, H], or null: likewise */
+  const void* dout;      /* [B, K, T, H, D] */
+  int64_t dout_strides[5];
+  const float* dlse; /* [B, K, T, H] */
+  void* dq;          /* the gradients, each like its tensor, or null where it is not wanted (both of a pair) */
+  void* dk;
+  void* dv;
+  void* down_k;
+  void* down_v;
+} minidiff_fast_broadcast_attention;
+
+MINIDIFF_FAST_API int minidiff_fast_broadcast_attention_forward(const minidiff_fast_broadcast_attention* call);
+MINIDIFF_FAST_API int minidiff_fast_broadcast_attention_backward(const minidiff_fast_broadcast_attention* call);
 
 /* broadcast_modulate: minidiff_fast/ops/broadcast_modulate.py has the formula. Everything is contiguous; x, residual,
  * y, dy and dx are float32 or bfloat16, everything else float32. A pointer is NULL where its tensor is absent or not

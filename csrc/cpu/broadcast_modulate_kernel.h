@@ -539,7 +539,7 @@ inline int for_each_unit(const Plan& plan, bool backward, Unit unit) {
   const int threads = static_cast<int>(plan.a.threads < units ? plan.a.threads : units);
   const Int floats = backward ? plan.backward_floats() : plan.forward_floats();
   float* memory = static_cast<float*>(std::malloc(sizeof(float) * static_cast<std::size_t>(floats * threads + kPadding)));
-  if (memory == nullptr) return MINIDIFF_FAST_EMEMORY;
+  if (memory == nullptr) return MINIDIFF_FAST_ENOMEM;
   float* aligned = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) / sizeof(float);
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(static) num_threads(threads)

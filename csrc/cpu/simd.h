@@ -20,10 +20,6 @@
 
 #define MINIDIFF_INLINE inline __attribute__((always_inline))
 
-#if defined(__GNUC__) && !defined(__clang__)
-// Vectors cross no function boundary that is not inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace MINIDIFF_SIMD_NAMESPACE {
 
