@@ -119,6 +119,40 @@ MINIDIFF_FAST_API int minidiff_fast_level2_noise(const float* x0, const float* s
                                                  int antithetic, int bfloat16_out, void* x, float* noise,
                                                  float* target, void* times, int threads, int portable);
 
+/* broadcast_modulate: minidiff_fast/ops/broadcast_modulate.py has the formula. Everything is contiguous; x, residual,
+ * y, dy and dx are float32 or bfloat16, everything else float32. A pointer is NULL where its tensor is absent or not
+ * wanted. Samples go in runs of sample_run (the last one may be shorter), R = ceil(samples / sample_run) runs per
+ * condition: the unit of work, so that no result depends on the number of threads. */
+typedef struct minidiff_fast_modulate {
+  size_t size; /* sizeof(struct minidiff_fast_modulate), checked */
+  int64_t conditions, samples, tokens, channels; /* B, K, T, C */
+  int64_t groups;                                /* norm 3 only; divides channels */
+  int64_t sample_run;                            /* at least 1 */
+  int32_t norm;            /* 0 none, 1 layer, 2 rms, 3 group */
+  int32_t activation;      /* 0 none, 1 SiLU, 2 Mish */
+  int32_t at_output;       /* 1: act(m n + s), 0: m act(n) + s */
+  int32_t one_plus_scale;  /* 1: m = 1 + scale, 0: m = scale */
+  int32_t channels_first;  /* 1: [B, K, C, T] (norm 0 and 3 only), 0: [B, K, T, C] */
+  int32_t is_bfloat16;
+  int32_t portable;        /* 1: only what every processor has */
+  int32_t threads;         /* at least 1 */
+  float eps;
+  const void *x, *residual, *dy;                           /* like x */
+  const float *shift, *scale, *gate;                       /* [B, C] */
+  const float *own_shift, *own_scale, *own_gate;           /* [B, K, C] */
+  const float *weight, *bias;                              /* [C] */
+  float *mean, *rstd;                                      /* [B, K, T] or [B, K, groups]; mean not for rms */
+  void *y, *dx;                                            /* like x */
+  float *dshift, *dscale, *dgate, *dweight, *dbias;        /* [B, R, C]: one partial sum a run */
+  float *down_shift, *down_scale, *down_gate;              /* [B, K, C] */
+} minidiff_fast_modulate;
+
+/* y, mean and rstd. */
+MINIDIFF_FAST_API int minidiff_fast_modulate_forward(const minidiff_fast_modulate* arguments);
+
+/* dx and the gradients of the parameters, from dy, x, the parameters, mean and rstd. */
+MINIDIFF_FAST_API int minidiff_fast_modulate_backward(const minidiff_fast_modulate* arguments);
+
 #ifdef __cplusplus
 }
 #endif

@@ -15,7 +15,9 @@ from minidiff_fast.ops._broadcast_modulate_op import broadcast_modulate_fwd
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_modulate"
-BACKENDS = backend.register(backend.OpBackends(NAME, {"triton": backend.why_not_triton}))
+BACKENDS = backend.register(
+    backend.OpBackends(NAME, {"triton": backend.why_not_triton, "native": backend.why_not_native})
+)
 
 CHOICES = {
     "norm": (None, "layer", "rms", "group"),
