@@ -39,7 +39,8 @@ def token_conv1d(
         raise InvalidArgument(f"token_conv1d: stride >= 1 and padding >= 0 are needed, got {stride} and {padding}")
     if x.shape[1] + 2 * padding < weight.shape[2]:
         raise InvalidArgument(
-            f"token_conv1d: x must have T + 2 padding >= k = {weight.shape[2]}, got T = {x.shape[1]}, padding = {padding}"
+            f"token_conv1d: x must have T + 2 padding >= k = {weight.shape[2]}, got T = {x.shape[1]}, "
+            f"padding = {padding}"
         )
     x, weight, bias = _autocast(x, weight, bias)
     if weight.shape[2] == 1 and stride == 1 and padding == 0:

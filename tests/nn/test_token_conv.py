@@ -36,7 +36,9 @@ def tensors(form, case, dtype=torch.float64, device="cpu"):
     rows, tokens, channels, outputs, k, _, _ = case
     shape = (outputs, channels, k) if form is token_conv1d else (channels, outputs, k)
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((rows, tokens, channels), shape, (outputs,))]
+    made = [
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((rows, tokens, channels), shape, (outputs,))
+    ]
     return [t.to(device, dtype).requires_grad_() for t in made]
 
 
@@ -139,7 +141,9 @@ def test_compiles_as_one_graph():
 
 def test_errors_name_the_argument():
     x, w = torch.zeros(2, 8, 3), torch.zeros(5, 3, 3)
-    with pytest.raises(InvalidArgument, match=r"token_conv1d: weight must be \[Co, C, k\] = \[Co, 4, k\], got \[5, 3, 3\]"):
+    with pytest.raises(
+        InvalidArgument, match=r"token_conv1d: weight must be \[Co, C, k\] = \[Co, 4, k\], got \[5, 3, 3\]"
+    ):
         token_conv1d(torch.zeros(2, 8, 4), w)
     with pytest.raises(InvalidArgument, match=r"bias must be \[Co\] = \[5\], got \[3\]"):
         token_conv1d(x, w, torch.zeros(3))
