@@ -10,12 +10,14 @@
 #define MINIDIFF_FAST_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* Raised by one with every change of an existing signature; minidiff_fast/native.py holds its twin. */
 #define MINIDIFF_FAST_ABI_VERSION 1
 
 #define MINIDIFF_FAST_OK 0
 #define MINIDIFF_FAST_EINVALID (-1) /* an argument is null or out of range */
+#define MINIDIFF_FAST_ENOMEM (-2)   /* no memory for the work space */
 
 #if defined(_WIN32)
 #define MINIDIFF_FAST_API __declspec(dllexport)
@@ -55,6 +57,82 @@ MINIDIFF_FAST_API int minidiff_fast_cuda_device(int index, char* name, size_t na
 
 /* Text of a status that a function of this library returned; static storage. */
 MINIDIFF_FAST_API const char* minidiff_fast_cuda_error(int status);
+
+/* Broadcast attention on the CPU (minidiff_fast/ops/broadcast_attention.py is its definition).
+ *
+ * Strides are in elements. Everything without strides is contiguous. Every member has 8 bytes. */
+typedef struct minidiff_fast_broadcast_attention {
+  int64_t size;     /* sizeof this structure: both sides must mean the same */
+  int64_t dtype;    /* of q, k, v, own_k, own_v, out, dout and the gradients: 0 float32, 1 bfloat16 */
+  int64_t threads;  /* results are the same bits for the same number of threads */
+  int64_t portable; /* nonzero: no instructions that only some processors have */
+  int64_t batch, samples, tokens, heads, kv_heads, width; /* B, K, T, H, Hkv, D */
+  int64_t shared;   /* S; with cu_seqlens: tokens in all */
+  int64_t own;      /* P */
+  int64_t own_causal;
+  int64_t own_column; /* dropout's column of own key 0 */
+  int64_t dropout_threshold;
+  double scale, keep_scale; /* factor on logits; 1 / (1 - dropout_p) */
+  const int64_t* seed;      /* null: no dropout */
+  const void* q;            /* [B, K, T, H, D] */
+  const void* k;            /* [B, S, Hkv, D]; with cu_seqlens [N, Hkv, D] and k_strides[0] == 0 */
+  const void* v;
+  const void* own_k; /* [B, K, P, Hkv, D], or null */
+  const void* own_v;
+  const void* lengths; /* [B], or null */
+  int64_t lengths_size; /* bytes of one length: 4 or 8 */
+  const int32_t* cu_seqlens; /* [B + 1], or null */
+  const unsigned char* mask; /* [B, T, S], strides 0 where it broadcasts, or null */
+  int64_t q_strides[5], k_strides[4], v_strides[4], own_k_strides[5], own_v_strides[5], mask_strides[3];
+  void* out;             /* [B, K, T, H, D]: written by forward, read by backward */
+  float* lse;            /* [B, K, T, H]: likewise */
+  float* lse_correction; /* [B, K, T, H], or null: likewise */
+  const void* dout;      /* [B, K, T, H, D] */
+  int64_t dout_strides[5];
+  const float* dlse; /* [B, K, T, H] */
+  void* dq;          /* the gradients, each like its tensor, or null where it is not wanted (both of a pair) */
+  void* dk;
+  void* dv;
+  void* down_k;
+  void* down_v;
+} minidiff_fast_broadcast_attention;
+
+MINIDIFF_FAST_API int minidiff_fast_broadcast_attention_forward(const minidiff_fast_broadcast_attention* call);
+MINIDIFF_FAST_API int minidiff_fast_broadcast_attention_backward(const minidiff_fast_broadcast_attention* call);
+
+/* broadcast_modulate: minidiff_fast/ops/broadcast_modulate.py has the formula. Everything is contiguous; x, residual,
+ * y, dy and dx are float32 or bfloat16, everything else float32. A pointer is NULL where its tensor is absent or not
+ * wanted. Samples go in runs of sample_run (the last one may be shorter), R = ceil(samples / sample_run) runs per
+ * condition: the unit of work, so that no result depends on the number of threads. */
+typedef struct minidiff_fast_modulate {
+  size_t size; /* sizeof(struct minidiff_fast_modulate), checked */
+  int64_t conditions, samples, tokens, channels; /* B, K, T, C */
+  int64_t groups;                                /* norm 3 only; divides channels */
+  int64_t sample_run;                            /* at least 1 */
+  int32_t norm;            /* 0 none, 1 layer, 2 rms, 3 group */
+  int32_t activation;      /* 0 none, 1 SiLU, 2 Mish */
+  int32_t at_output;       /* 1: act(m n + s), 0: m act(n) + s */
+  int32_t one_plus_scale;  /* 1: m = 1 + scale, 0: m = scale */
+  int32_t channels_first;  /* 1: [B, K, C, T] (norm 0 and 3 only), 0: [B, K, T, C] */
+  int32_t is_bfloat16;
+  int32_t portable;        /* 1: only what every processor has */
+  int32_t threads;         /* at least 1 */
+  float eps;
+  const void *x, *residual, *dy;                           /* like x */
+  const float *shift, *scale, *gate;                       /* [B, C] */
+  const float *own_shift, *own_scale, *own_gate;           /* [B, K, C] */
+  const float *weight, *bias;                              /* [C] */
+  float *mean, *rstd;                                      /* [B, K, T] or [B, K, groups]; mean not for rms */
+  void *y, *dx;                                            /* like x */
+  float *dshift, *dscale, *dgate, *dweight, *dbias;        /* [B, R, C]: one partial sum a run */
+  float *down_shift, *down_scale, *down_gate;              /* [B, K, C] */
+} minidiff_fast_modulate;
+
+/* y, mean and rstd. */
+MINIDIFF_FAST_API int minidiff_fast_modulate_forward(const minidiff_fast_modulate* arguments);
+
+/* dx and the gradients of the parameters, from dy, x, the parameters, mean and rstd. */
+MINIDIFF_FAST_API int minidiff_fast_modulate_backward(const minidiff_fast_modulate* arguments);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
 
 Every tensor of x's size is read as ``[B, K, T, C]`` with four strides, so both layouts are the same kernel. A tile is
 ``[rows, channels]`` in float32. Rows are those of a span: the T tokens of one sample (ONE_SAMPLE; row = token), or
-all K * T tokens of a condition (row = sample * T + token). A norm couples the elements of a unit:
+all K * T tokens of a condition (row = sample * T + token). TOKENS is T in the first case. A norm couples the elements of a unit:
 
 - layer, rms: the C channels of one row;
 - group: the T rows and ``CHANNELS = C / num_groups`` channels of one sample (always ONE_SAMPLE).
@@ -57,26 +57,35 @@ def _place(rows, sample, T, ONE_SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _offsets(sample, token, channels, stride_k, stride_t, stride_c):
-    """Offsets [R, C] of a tile within a condition."""
-    return (sample * stride_k + token * stride_t)[:, None] + (channels.to(tl.int64) * stride_c)[None, :]
+def _offsets(
+    b, sample, token, channels, stride_b, stride_k, stride_t, stride_c, ALIGN: tl.constexpr, ROWS_FIRST: tl.constexpr,
+):
+    """Offsets [R, C] of a tile; all strides but that of the innermost axis are multiples of ALIGN, which the compiler
+    has to know to read neighbours together."""
+    start = tl.multiple_of(b * stride_b, ALIGN) + tl.multiple_of(sample * stride_k, ALIGN)
+    along_rows, along_channels = token * stride_t, channels.to(tl.int64) * stride_c
+    if ROWS_FIRST:
+        along_channels = tl.multiple_of(along_channels, ALIGN)
+    else:
+        along_rows = tl.multiple_of(along_rows, ALIGN)
+    return (start + along_rows)[:, None] + along_channels[None, :]
 
 
 @triton.jit
 def _parameter(
     shared, own, b, sample, row_mask, channels, channel_mask, stride_b, own_stride_b, own_stride_k, HAS_SHARED: tl.constexpr,
-    HAS_OWN: tl.constexpr, ONE_SAMPLE: tl.constexpr, BASE: tl.constexpr,
+    HAS_OWN: tl.constexpr, ONE_SAMPLE: tl.constexpr, BASE: tl.constexpr, PARAMETER_ALIGN: tl.constexpr,
 ):
     """BASE plus the condition's part plus the sample's part: [1, C], or [R, C] where rows differ in it."""
     value = tl.full([1, channels.shape[0]], BASE, tl.float32)
     if HAS_SHARED:
-        value += tl.load(shared + b * stride_b + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        value += tl.load(shared + tl.multiple_of(b * stride_b, PARAMETER_ALIGN) + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_OWN:
-        start = own + b * own_stride_b
+        start = own + tl.multiple_of(b * own_stride_b, PARAMETER_ALIGN)
         if ONE_SAMPLE:
-            value += tl.load(start + sample * own_stride_k + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+            value += tl.load(start + tl.multiple_of(sample * own_stride_k, PARAMETER_ALIGN) + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
         else:
-            pointers = start + (sample * own_stride_k)[:, None] + channels[None, :]
+            pointers = start + tl.multiple_of(sample * own_stride_k, PARAMETER_ALIGN)[:, None] + channels[None, :]
             value = value + tl.load(pointers, mask=row_mask[:, None] & channel_mask[None, :], other=0.0).to(tl.float32)
     return value
 
@@ -98,20 +107,20 @@ def _modulation(
     stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
     HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_OWN_SHIFT: tl.constexpr, HAS_OWN_SCALE: tl.constexpr, HAS_OWN_GATE: tl.constexpr,
-    ADALN: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    ADALN: tl.constexpr, ONE_SAMPLE: tl.constexpr, PARAMETER_ALIGN: tl.constexpr,
 ):
     """s, m, g of a tile, each [1, C] or [R, C]."""
     s = _parameter(
         shift, own_shift, b, sample, row_mask, channels, channel_mask, stride_shift, own_shift_b, own_shift_k, HAS_SHIFT,
-        HAS_OWN_SHIFT, ONE_SAMPLE, 0.0,
+        HAS_OWN_SHIFT, ONE_SAMPLE, 0.0, PARAMETER_ALIGN,
     )
     m = _parameter(
         scale, own_scale, b, sample, row_mask, channels, channel_mask, stride_scale, own_scale_b, own_scale_k, HAS_SCALE,
-        HAS_OWN_SCALE, ONE_SAMPLE, 1.0 if ADALN or not (HAS_SCALE or HAS_OWN_SCALE) else 0.0,
+        HAS_OWN_SCALE, ONE_SAMPLE, 1.0 if ADALN or not (HAS_SCALE or HAS_OWN_SCALE) else 0.0, PARAMETER_ALIGN,
     )
     g = _parameter(
         gate, own_gate, b, sample, row_mask, channels, channel_mask, stride_gate, own_gate_b, own_gate_k, HAS_GATE,
-        HAS_OWN_GATE, ONE_SAMPLE, 0.0 if HAS_GATE or HAS_OWN_GATE else 1.0,
+        HAS_OWN_GATE, ONE_SAMPLE, 0.0 if HAS_GATE or HAS_OWN_GATE else 1.0, PARAMETER_ALIGN,
     )
     return s, m, g
 
@@ -142,10 +151,11 @@ def _broadcast_modulate_fwd_kernel(
     stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
     K, T, G, span_rows, spans, blocks, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, AT_OUTPUT: tl.constexpr, ADALN: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    ALIGN: tl.constexpr, PARAMETER_ALIGN: tl.constexpr, ROWS_FIRST: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_OWN_SHIFT: tl.constexpr, HAS_OWN_SCALE: tl.constexpr, HAS_OWN_GATE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """y like x, mean and rstd; one program per sample and group, or per block of rows of a span."""
     GROUPED: tl.constexpr = NORM == "group"
@@ -153,13 +163,13 @@ def _broadcast_modulate_fwd_kernel(
     block, rest = pid % blocks, pid // blocks
     span, b = rest % spans, (rest // spans).to(tl.int64)
     if GROUPED:
-        first_row, end_row, first_channel, group = block * 0, span_rows, block * CHANNELS, block
+        first_row, last_row, first_channel, group = 0, TOKENS, block * CHANNELS, block
     else:
-        first_row, end_row, first_channel, group = block * BLOCK_R, tl.minimum(block * BLOCK_R + BLOCK_R, span_rows), block * 0, block * 0
-    x += b * stride_xb
+        first_row, last_row, first_channel, group = block * BLOCK_R, block * BLOCK_R + BLOCK_R, 0, 0
+    end_row = TOKENS if ONE_SAMPLE else span_rows
     lane = tl.arange(0, BLOCK_C)
     row_lane = tl.arange(0, BLOCK_R)
-    count = span_rows * CHANNELS if GROUPED else CHANNELS
+    count = TOKENS * CHANNELS if GROUPED else CHANNELS
 
     row_mean = tl.zeros([BLOCK_R], tl.float32)
     row_rstd = tl.full([BLOCK_R], 1.0, tl.float32)
@@ -168,20 +178,20 @@ def _broadcast_modulate_fwd_kernel(
         rows = first_row + row_lane
         sample, token = _place(rows, span, T, ONE_SAMPLE)
         mask = (rows < end_row)[:, None] & (lane < CHANNELS)[None, :]
-        tile = tl.load(x + _offsets(sample, token, first_channel + lane, stride_xk, stride_xt, stride_xc), mask=mask, other=0.0).to(tl.float32)
+        tile = tl.load(x + _offsets(b, sample, token, first_channel + lane, stride_xb, stride_xk, stride_xt, stride_xc, ALIGN, ROWS_FIRST), mask=mask, other=0.0).to(tl.float32)
     if NORM != "":
         if NORM != "rms":
             if WHOLE:
                 row_mean = _unit_sum(tile, GROUPED) / count
             else:
                 total = tl.zeros([BLOCK_R], tl.float32)
-                for r in tl.range(first_row, end_row, BLOCK_R):
+                for r in tl.range(first_row, last_row, BLOCK_R):
                     rows = r + row_lane
                     sample, token = _place(rows, span, T, ONE_SAMPLE)
                     for c in tl.range(0, CHANNELS, BLOCK_C):
                         channels = c + lane
                         mask = (rows < end_row)[:, None] & (channels < CHANNELS)[None, :]
-                        part = tl.load(x + _offsets(sample, token, first_channel + channels, stride_xk, stride_xt, stride_xc), mask=mask, other=0.0)
+                        part = tl.load(x + _offsets(b, sample, token, first_channel + channels, stride_xb, stride_xk, stride_xt, stride_xc, ALIGN, ROWS_FIRST), mask=mask, other=0.0)
                         total += tl.sum(part.to(tl.float32), 1)
                 row_mean = (tl.zeros_like(total) + tl.sum(total, 0) if GROUPED else total) / count
         if WHOLE:
@@ -191,13 +201,13 @@ def _broadcast_modulate_fwd_kernel(
             variance = _unit_sum(centred * centred, GROUPED) / count
         else:
             total = tl.zeros([BLOCK_R], tl.float32)
-            for r in tl.range(first_row, end_row, BLOCK_R):
+            for r in tl.range(first_row, last_row, BLOCK_R):
                 rows = r + row_lane
                 sample, token = _place(rows, span, T, ONE_SAMPLE)
                 for c in tl.range(0, CHANNELS, BLOCK_C):
                     channels = c + lane
                     mask = (rows < end_row)[:, None] & (channels < CHANNELS)[None, :]
-                    part = tl.load(x + _offsets(sample, token, first_channel + channels, stride_xk, stride_xt, stride_xc), mask=mask, other=0.0)
+                    part = tl.load(x + _offsets(b, sample, token, first_channel + channels, stride_xb, stride_xk, stride_xt, stride_xc, ALIGN, ROWS_FIRST), mask=mask, other=0.0)
                     centred = tl.where(mask, part.to(tl.float32) - row_mean[:, None], 0.0)
                     total += tl.sum(centred * centred, 1)
             variance = (tl.zeros_like(total) + tl.sum(total, 0) if GROUPED else total) / count
@@ -210,7 +220,7 @@ def _broadcast_modulate_fwd_kernel(
         if NORM != "rms":
             tl.store(mean + index, row_mean, mask=stored)
 
-    for r in tl.range(first_row, end_row, BLOCK_R):
+    for r in tl.range(first_row, last_row, BLOCK_R):
         rows = r + row_lane
         row_mask = rows < end_row
         sample, token = _place(rows, span, T, ONE_SAMPLE)
@@ -221,12 +231,12 @@ def _broadcast_modulate_fwd_kernel(
             if WHOLE:
                 xhat = (tile - row_mean[:, None]) * row_rstd[:, None]
             else:
-                part = tl.load(x + _offsets(sample, token, channels, stride_xk, stride_xt, stride_xc), mask=mask, other=0.0)
+                part = tl.load(x + _offsets(b, sample, token, channels, stride_xb, stride_xk, stride_xt, stride_xc, ALIGN, ROWS_FIRST), mask=mask, other=0.0)
                 xhat = (part.to(tl.float32) - row_mean[:, None]) * row_rstd[:, None]
             s, m, g = _modulation(
                 shift, scale, gate, own_shift, own_scale, own_gate, b, sample, row_mask, channels, channel_mask,
                 stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
-                HAS_SHIFT, HAS_SCALE, HAS_GATE, HAS_OWN_SHIFT, HAS_OWN_SCALE, HAS_OWN_GATE, ADALN, ONE_SAMPLE,
+                HAS_SHIFT, HAS_SCALE, HAS_GATE, HAS_OWN_SHIFT, HAS_OWN_SCALE, HAS_OWN_GATE, ADALN, ONE_SAMPLE, PARAMETER_ALIGN,
             )
             n = _affine(xhat, weight, bias, channels, channel_mask, HAS_WEIGHT, HAS_BIAS)
             if AT_OUTPUT:
@@ -236,28 +246,29 @@ def _broadcast_modulate_fwd_kernel(
                 u = m * a + s
             u = u * g
             if HAS_RESIDUAL:
-                offsets = _offsets(sample, token, channels, stride_rk, stride_rt, stride_rc)
-                u += tl.load(residual + b * stride_rb + offsets, mask=mask, other=0.0).to(tl.float32)
-            offsets = _offsets(sample, token, channels, stride_yk, stride_yt, stride_yc)
-            tl.store(y + b * stride_yb + offsets, u.to(y.dtype.element_ty), mask=mask)
+                offsets = _offsets(b, sample, token, channels, stride_rb, stride_rk, stride_rt, stride_rc, ALIGN, ROWS_FIRST)
+                u += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+            offsets = _offsets(b, sample, token, channels, stride_yb, stride_yk, stride_yt, stride_yc, ALIGN, ROWS_FIRST)
+            tl.store(y + offsets, u.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gradients(
     x, dy, shift, scale, gate, own_shift, own_scale, own_gate, weight, bias, mean, rstd,
     b, sample, token, row_mask, group, channels, channel_mask,
-    stride_xk, stride_xt, stride_xc, stride_dyk, stride_dyt, stride_dyc,
+    stride_xb, stride_xk, stride_xt, stride_xc, stride_dyb, stride_dyk, stride_dyt, stride_dyc,
     stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
     K, T, G,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, AT_OUTPUT: tl.constexpr, ADALN: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    ALIGN: tl.constexpr, PARAMETER_ALIGN: tl.constexpr, ROWS_FIRST: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_OWN_SHIFT: tl.constexpr, HAS_OWN_SCALE: tl.constexpr, HAS_OWN_GATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):
     """ds, dm, dg, dn, dxhat, xhat [R, C] and rstd [R]; gradients are 0 outside the masks, where dy is read as 0."""
     mask = row_mask[:, None] & channel_mask[None, :]
-    xhat = tl.load(x + _offsets(sample, token, channels, stride_xk, stride_xt, stride_xc), mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(dy + _offsets(sample, token, channels, stride_dyk, stride_dyt, stride_dyc), mask=mask, other=0.0).to(tl.float32)
+    xhat = tl.load(x + _offsets(b, sample, token, channels, stride_xb, stride_xk, stride_xt, stride_xc, ALIGN, ROWS_FIRST), mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(dy + _offsets(b, sample, token, channels, stride_dyb, stride_dyk, stride_dyt, stride_dyc, ALIGN, ROWS_FIRST), mask=mask, other=0.0).to(tl.float32)
     row_rstd = tl.full(row_mask.shape, 1.0, tl.float32)
     if NORM != "":
         index = _statistics_index(b, sample, token, group, K, T, G, NORM == "group")
@@ -268,7 +279,7 @@ def _gradients(
     s, m, g = _modulation(
         shift, scale, gate, own_shift, own_scale, own_gate, b, sample, row_mask, channels, channel_mask,
         stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
-        HAS_SHIFT, HAS_SCALE, HAS_GATE, HAS_OWN_SHIFT, HAS_OWN_SCALE, HAS_OWN_GATE, ADALN, ONE_SAMPLE,
+        HAS_SHIFT, HAS_SCALE, HAS_GATE, HAS_OWN_SHIFT, HAS_OWN_SCALE, HAS_OWN_GATE, ADALN, ONE_SAMPLE, PARAMETER_ALIGN,
     )
     n = _affine(xhat, weight, bias, channels, channel_mask, HAS_WEIGHT, HAS_BIAS)
     du = d * g
@@ -296,10 +307,11 @@ def _broadcast_modulate_bwd_sums_kernel(
     stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
     K, T, G, span_rows, spans, blocks, units,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, AT_OUTPUT: tl.constexpr, ADALN: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    ALIGN: tl.constexpr, PARAMETER_ALIGN: tl.constexpr, ROWS_FIRST: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_OWN_SHIFT: tl.constexpr, HAS_OWN_SCALE: tl.constexpr, HAS_OWN_GATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """sums [2, units] = sum(dxhat), sum(dxhat * xhat) over each unit; programs as in the forward kernel."""
     GROUPED: tl.constexpr = NORM == "group"
@@ -307,25 +319,24 @@ def _broadcast_modulate_bwd_sums_kernel(
     block, rest = pid % blocks, pid // blocks
     span, b = rest % spans, (rest // spans).to(tl.int64)
     if GROUPED:
-        first_row, end_row, first_channel, group = block * 0, span_rows, block * CHANNELS, block
+        first_row, last_row, first_channel, group = 0, TOKENS, block * CHANNELS, block
     else:
-        first_row, end_row, first_channel, group = block * BLOCK_R, tl.minimum(block * BLOCK_R + BLOCK_R, span_rows), block * 0, block * 0
-    x += b * stride_xb
-    dy += b * stride_dyb
+        first_row, last_row, first_channel, group = block * BLOCK_R, block * BLOCK_R + BLOCK_R, 0, 0
+    end_row = TOKENS if ONE_SAMPLE else span_rows
     lane = tl.arange(0, BLOCK_C)
     row_lane = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_R], tl.float32)
     total_xhat = tl.zeros([BLOCK_R], tl.float32)
-    for r in tl.range(first_row, end_row, BLOCK_R):
+    for r in tl.range(first_row, last_row, BLOCK_R):
         rows = r + row_lane
         sample, token = _place(rows, span, T, ONE_SAMPLE)
         for c in tl.range(0, CHANNELS, BLOCK_C):
             _, _, _, _, dxhat, xhat, _ = _gradients(
                 x, dy, shift, scale, gate, own_shift, own_scale, own_gate, weight, bias, mean, rstd,
                 b, sample, token, rows < end_row, group, first_channel + c + lane, c + lane < CHANNELS,
-                stride_xk, stride_xt, stride_xc, stride_dyk, stride_dyt, stride_dyc,
+                stride_xb, stride_xk, stride_xt, stride_xc, stride_dyb, stride_dyk, stride_dyt, stride_dyc,
                 stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
-                K, T, G, NORM, ACTIVATION, AT_OUTPUT, ADALN, ONE_SAMPLE,
+                K, T, G, NORM, ACTIVATION, AT_OUTPUT, ADALN, ONE_SAMPLE, ALIGN, PARAMETER_ALIGN, ROWS_FIRST,
                 HAS_SHIFT, HAS_SCALE, HAS_GATE, HAS_OWN_SHIFT, HAS_OWN_SCALE, HAS_OWN_GATE, HAS_WEIGHT, HAS_BIAS,
             )
             total += tl.sum(dxhat, 1)
@@ -350,13 +361,14 @@ def _broadcast_modulate_bwd_kernel(
     stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
     K, T, G, items, items_per_chunk, chunks, units,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, AT_OUTPUT: tl.constexpr, ADALN: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    ALIGN: tl.constexpr, PARAMETER_ALIGN: tl.constexpr, ROWS_FIRST: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_OWN_SHIFT: tl.constexpr, HAS_OWN_SCALE: tl.constexpr, HAS_OWN_GATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     NEED_X: tl.constexpr, NEED_SHIFT: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_GATE: tl.constexpr,
     NEED_OWN_SHIFT: tl.constexpr, NEED_OWN_SCALE: tl.constexpr, NEED_OWN_GATE: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """dx, the gradients of own parameters [B, K, C], and those of the others per chunk, float32 [B, chunks, C].
 
@@ -374,17 +386,14 @@ def _broadcast_modulate_bwd_kernel(
     channels = group * CHANNELS + lane
     first_item = chunk * items_per_chunk
     end_item = tl.minimum(first_item + items_per_chunk, items)
-    x += b * stride_xb
-    dy += b * stride_dyb
-    dx += b * stride_dxb
-    count = T * CHANNELS if GROUPED else CHANNELS
+    count = TOKENS * CHANNELS if GROUPED else CHANNELS
 
     sum_s, sum_m, sum_g = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     sum_weight, sum_bias = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     spans = end_item - first_item if ONE_SAMPLE else 1
     for span in tl.range(0, spans):
-        first_row = first_item * 0 if ONE_SAMPLE else first_item
-        end_row = T if ONE_SAMPLE else end_item
+        first_row = 0 if ONE_SAMPLE else first_item
+        end_row = TOKENS if ONE_SAMPLE else end_item
         own_s, own_m, own_g = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
         for r in tl.range(first_row, end_row, BLOCK_R):
             rows = r + tl.arange(0, BLOCK_R)
@@ -393,9 +402,9 @@ def _broadcast_modulate_bwd_kernel(
             ds, dm, dg, dn, dxhat, xhat, row_rstd = _gradients(
                 x, dy, shift, scale, gate, own_shift, own_scale, own_gate, weight, bias, mean, rstd,
                 b, sample, token, row_mask, group, channels, channel_mask,
-                stride_xk, stride_xt, stride_xc, stride_dyk, stride_dyt, stride_dyc,
+                stride_xb, stride_xk, stride_xt, stride_xc, stride_dyb, stride_dyk, stride_dyt, stride_dyc,
                 stride_shift, stride_scale, stride_gate, own_shift_b, own_shift_k, own_scale_b, own_scale_k, own_gate_b, own_gate_k,
-                K, T, G, NORM, ACTIVATION, AT_OUTPUT, ADALN, ONE_SAMPLE,
+                K, T, G, NORM, ACTIVATION, AT_OUTPUT, ADALN, ONE_SAMPLE, ALIGN, PARAMETER_ALIGN, ROWS_FIRST,
                 HAS_SHIFT, HAS_SCALE, HAS_GATE, HAS_OWN_SHIFT, HAS_OWN_SCALE, HAS_OWN_GATE, HAS_WEIGHT, HAS_BIAS,
             )
             if NEED_X:
@@ -416,7 +425,7 @@ def _broadcast_modulate_bwd_kernel(
                     dxhat_or_dx = reduced * row_rstd[:, None]
                 else:
                     dxhat_or_dx = dxhat
-                offsets = _offsets(sample, token, channels, stride_dxk, stride_dxt, stride_dxc)
+                offsets = _offsets(b, sample, token, channels, stride_dxb, stride_dxk, stride_dxt, stride_dxc, ALIGN, ROWS_FIRST)
                 tl.store(dx + offsets, dxhat_or_dx.to(dx.dtype.element_ty), mask=row_mask[:, None] & channel_mask[None, :])
             own_s += tl.sum(ds, 0)
             own_m += tl.sum(dm, 0)

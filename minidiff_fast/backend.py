@@ -22,6 +22,7 @@ from typing import Literal, get_args
 
 import torch
 
+from minidiff_fast import native
 from minidiff_fast.errors import BackendUnavailable, InvalidArgument
 
 Impl = Literal["auto", "reference", "triton", "native", "flash"]
@@ -79,6 +80,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"the kernels run on CUDA and ROCm devices, not on {device.type!r}; use impl='reference'"
     return None
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when a native CPU kernel can run on tensors of this device and dtype, else the reason and the cure."""
+    if device.type != "cpu":
+        return f"the native kernels run on the CPU, not on {device.type!r}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the native kernels take float32 and bfloat16, not {dtype}; use impl='reference'"
+    return native.why_missing()
 
 
 def resolve(op: OpBackends, impl: str | None, device: torch.device, dtype: torch.dtype) -> str:

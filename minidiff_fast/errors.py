@@ -22,6 +22,10 @@ class BackendUnavailable(MinidiffFastError, RuntimeError):
     """The implementation asked for by name cannot run here; the message says why and what to do."""
 
 
+class NativeError(MinidiffFastError, RuntimeError):
+    """A function of the native library failed; the message gives its status."""
+
+
 class DataError(MinidiffFastError, ValueError):
     """A data set is missing, half written, of another format, empty, or holds NaN."""
 

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minidiff_fast.errors import BackendUnavailable
+from minidiff_fast.errors import BackendUnavailable, InvalidArgument
 
 ABI_VERSION = 1
 """The interface this Python code speaks; the twin of MINIDIFF_FAST_ABI_VERSION in csrc/minidiff_fast.h."""
 
 OVERRIDE = "MINIDIFF_FAST_NATIVE_LIB"
 """Environment variable: path of the library to load instead of the installed one."""
+
+SIMD = "MINIDIFF_FAST_NATIVE_SIMD"
+"""Environment variable: ``portable`` keeps the CPU kernels from using what only some processors have; ``auto``."""
 
 LIBRARY_NAME = "libminidiff_fast_native" + (".dll" if sys.platform == "win32" else ".so")
 
@@ -99,6 +102,14 @@ def why_missing() -> str | None:
     """None where the library works; else one sentence with the reason and one with the cure."""
     outcome = _look()
     return None if isinstance(outcome, NativeLibrary) else outcome
+
+
+def portable_simd() -> bool:
+    """Whether :data:`SIMD` asks for the kernels that run on every processor. Read at every call."""
+    chosen = os.environ.get(SIMD) or "auto"
+    if chosen not in ("auto", "portable"):
+        raise InvalidArgument(f"{SIMD} must be auto or portable, got {chosen!r}")
+    return chosen == "portable"
 
 
 def build_info() -> dict[str, Any]:

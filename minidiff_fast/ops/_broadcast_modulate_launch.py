@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from minidiff_fast.kernels import broadcast_modulate as kernels
 from minidiff_fast.ops._broadcast_modulate_op import statistics_shapes
 
 HIP = torch.version.hip is not None
-PROGRAMS = 512
+PROGRAMS = 1024
 """Backward programs to aim for, by chunks of K where there are few conditions; the same on every device, so that the
 order of every sum is, too."""
 TILES_PER_CHUNK = 64
@@ -38,6 +39,14 @@ class LaunchConfig:
 def _power(size: int) -> int:
     """The power of two that holds ``size``."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def _alignment(tensors: Iterable[Tensor], innermost: int) -> int:
+    """The power of two, up to 8, that divides every stride but that of the innermost axis; an axis of one element has
+    no stride."""
+    return math.gcd(
+        8, *(x.stride(i) for x in tensors for i in range(x.dim()) if i != innermost % x.dim() and x.shape[i] > 1)
+    )
 
 
 def choose_config(
@@ -99,7 +108,7 @@ class _Problem:
     @property
     def spanwise(self) -> bool:
         """Programs keep to one sample: its norm or its memory order wants that."""
-        return self.grouped or (self.channels_first and self.tokens > 1)
+        return self.grouped or self.rows_first
 
     def rows(self, one_sample: bool) -> int:
         """Rows of a span."""
@@ -108,7 +117,7 @@ class _Problem:
     def config(self, kernel: str, one_sample: bool) -> LaunchConfig:
         return choose_config(
             kernel, self.norm, self.rows(one_sample), self.unit_channels,
-            one_sample=one_sample, rows_first=self.channels_first and self.tokens > 1, hip=HIP,
+            one_sample=one_sample, rows_first=self.rows_first, hip=HIP,
         )  # fmt: skip
 
     def pointers(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -123,7 +132,13 @@ class _Problem:
             strides += [0, 0] if own is None else [own.stride(0), own.stride(1)]
         return strides
 
-    def flags(self, one_sample: bool) -> dict[str, object]:
+    @property
+    def rows_first(self) -> bool:
+        """Neighbouring tokens are neighbours in memory."""
+        return self.channels_first and self.tokens > 1
+
+    def flags(self, one_sample: bool, *tensors: Tensor | None) -> dict[str, object]:
+        """``tensors`` of x's size are those that the kernel reads or writes."""
         names = ("SHIFT", "SCALE", "GATE", "OWN_SHIFT", "OWN_SCALE", "OWN_GATE", "WEIGHT", "BIAS")
         present = {f"HAS_{name}": tensor is not None for name, tensor in zip(names, self.parameters, strict=True)}
         return present | {
@@ -132,7 +147,13 @@ class _Problem:
             "AT_OUTPUT": self.at_output,
             "ADALN": self.adaln,
             "ONE_SAMPLE": one_sample,
+            "TOKENS": self.tokens if one_sample else 0,
             "CHANNELS": self.unit_channels,
+            "ROWS_FIRST": self.rows_first,
+            "ALIGN": _alignment(
+                (self.view(x) for x in tensors if x is not None and x.dim() == 4), 2 if self.rows_first else 3
+            ),
+            "PARAMETER_ALIGN": _alignment((x for x in self.parameters[:6] if x is not None), -1),
         }
 
     def view(self, x: Tensor) -> Tensor:
@@ -188,7 +209,7 @@ def launch_forward(
             x, *modulation, x if residual is None else residual, *affine, y, mean, rstd,
             *x_strides, *residual_strides, *y_strides, *problem.strides(),
             problem.samples, problem.tokens, problem.groups, rows, spans, blocks, eps,
-            **problem.flags(one_sample), HAS_RESIDUAL=residual is not None, WHOLE=config.whole,
+            **problem.flags(one_sample, x, residual, y), HAS_RESIDUAL=residual is not None, WHOLE=config.whole,
             BLOCK_R=config.block_r, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return y, mean, rstd
@@ -288,7 +309,7 @@ def _launch_sums(
         x, dy, *modulation, *affine, mean, rstd, sums,
         *problem.view(x).stride(), *problem.view(dy).stride(), *problem.strides(),
         problem.samples, problem.tokens, problem.groups, rows, spans, blocks, units,
-        **problem.flags(one_sample), BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        **problem.flags(one_sample, x, dy), BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
     )  # fmt: skip
     return sums
 
@@ -306,6 +327,6 @@ def _launch_gradients(
         x, dy, *modulation, *affine, mean, rstd, sums, dx, *parameters,
         *problem.view(x).stride(), *problem.view(dy).stride(), *dx_strides, *problem.strides(),
         problem.samples, problem.tokens, problem.groups, chunk.items, chunk.per_chunk, chunk.chunks, rstd.numel(),
-        **problem.flags(chunk.one_sample), **needs, CHANNEL_BLOCKS=chunk.channel_blocks, WHOLE=config.whole,
+        **problem.flags(chunk.one_sample, x, dy, dx), **needs, CHANNEL_BLOCKS=chunk.channel_blocks, WHOLE=config.whole,
         BLOCK_R=config.block_r, BLOCK_C=config.block_c, num_warps=config.num_warps,
     )  # fmt: skip

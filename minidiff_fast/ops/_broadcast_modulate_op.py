@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-LAUNCHERS = {"triton": "launch"}
+LAUNCHERS = {"triton": "launch", "native": "native"}
 """Per implementation the end of the name of the module with its ``launch_forward`` and ``launch_backward``."""
 
 

@@ -17,7 +17,9 @@ from minidiff_fast.ops.philox import dropout_threshold, philox_4x32
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_attention"
-BACKENDS = backend.register(backend.OpBackends(NAME, {"triton": backend.why_not_triton}))
+BACKENDS = backend.register(
+    backend.OpBackends(NAME, {"triton": backend.why_not_triton, "native": backend.why_not_native})
+)
 
 
 class AttentionOutput(NamedTuple):

@@ -15,7 +15,9 @@ from minidiff_fast.ops._broadcast_modulate_op import broadcast_modulate_fwd
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_modulate"
-BACKENDS = backend.register(backend.OpBackends(NAME, {"triton": backend.why_not_triton}))
+BACKENDS = backend.register(
+    backend.OpBackends(NAME, {"triton": backend.why_not_triton, "native": backend.why_not_native})
+)
 
 CHOICES = {
     "norm": (None, "layer", "rms", "group"),
@@ -204,7 +206,7 @@ def _check_options(
         raise InvalidArgument(f"{NAME}: num_groups belongs to norm='group', got {num_groups!r} with norm={norm!r}")
     if num_groups is not None and (not isinstance(num_groups, int) or num_groups < 1):
         raise InvalidArgument(f"{NAME}: num_groups must be a positive integer, got {num_groups!r}")
-    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise InvalidArgument(f"{NAME}: eps must be a finite number, at least 0, got {eps!r}")
 
 
