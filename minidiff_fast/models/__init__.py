@@ -1,11 +1,13 @@
 """Denoisers and observation encoders: the trainable parts of a policy.
 
-``TransformerForDiffusion`` is a drop-in for diffusion_policy's module of that name, ``DiffusionMLP`` the cheap one for
-low-dimensional observations; ``LowDimEncoder`` and ``ImageEncoder`` make the condition tokens of both.
+``ConditionalUnet1D`` and ``TransformerForDiffusion`` are drop-ins for diffusion_policy's modules of these names,
+``DiffusionMLP`` is the cheap one for low-dimensional observations; ``LowDimEncoder`` and ``ImageEncoder`` make the
+condition tokens.
 """
 
 from __future__ import annotations
 
+from minidiff_fast.models.conditional_unet1d import ConditionalUnet1D, ConditionModulation
 from minidiff_fast.models.diffusion_mlp import ConditionFeatures, DiffusionMLP
 from minidiff_fast.models.observation_encoders import ImageEncoder, LowDimEncoder, SpatialSoftmax
 from minidiff_fast.models.transformer_for_diffusion import (
@@ -17,6 +19,8 @@ from minidiff_fast.models.transformer_for_diffusion import (
 __all__ = [
     "ConditionFeatures",
     "ConditionMemory",
+    "ConditionModulation",
+    "ConditionalUnet1D",
     "DiffusionMLP",
     "ImageEncoder",
     "LowDimEncoder",

@@ -60,15 +60,15 @@ def check_form(cond_dim: int, time_as_cond: bool, obs_as_cond: bool, n_cond_laye
             )
 
 
-def check_like(argument: str, tensor: Tensor, parameter: Tensor) -> None:
+def check_like(argument: str, tensor: Tensor, parameter: Tensor, name: str = NAME) -> None:
     """Device and (outside autocast) dtype of an input are those of the parameters."""
     if tensor.device != parameter.device:
         raise InvalidArgument(
-            f"{NAME}: {argument} must be on the device of the parameters, {parameter.device}, got {tensor.device}"
+            f"{name}: {argument} must be on the device of the parameters, {parameter.device}, got {tensor.device}"
         )
     if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
         raise InvalidArgument(
-            f"{NAME}: {argument} must have the dtype of the parameters, {parameter.dtype}, got {tensor.dtype}"
+            f"{name}: {argument} must have the dtype of the parameters, {parameter.dtype}, got {tensor.dtype}"
         )
 
 
@@ -112,13 +112,14 @@ def check_sample(
 def row_timesteps(
     timestep: Tensor | float | int,  # a number, [], [1] or [N]
     sample: Tensor,  # [N, ...]
+    name: str = NAME,
 ) -> Tensor:  # [N]
     """The timestep of every row; a Python number or a 0-d tensor (of any device) holds for all rows."""
     rows = sample.shape[0]
     if not isinstance(timestep, Tensor):
         if int(timestep) != timestep:
             raise InvalidArgument(
-                f"{NAME}: timestep given as a Python number must be whole (others go in a floating tensor), "
+                f"{name}: timestep given as a Python number must be whole (others go in a floating tensor), "
                 f"got {timestep!r}"
             )
         return torch.full((rows,), int(timestep), dtype=torch.long, device=sample.device)
@@ -126,7 +127,7 @@ def row_timesteps(
         return timestep.to(sample.device).expand(rows)
     if tuple(timestep.shape) not in ((1,), (rows,)):
         raise InvalidArgument(
-            f"{NAME}: timestep must be a scalar or [N] = [{rows}], got {list(timestep.shape)} "
+            f"{name}: timestep must be a scalar or [N] = [{rows}], got {list(timestep.shape)} "
             f"({describe(sample=sample)})"
         )
     return timestep.expand(rows)
