@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from minidiff_fast.models.diffusion_mlp import ConditionFeatures, DiffusionMLP
 from minidiff_fast.models.observation_encoders import ImageEncoder, LowDimEncoder, SpatialSoftmax
-from minidiff_fast.models.transformer_for_diffusion import (
-    ConditionMemory,
-    TransformerForDiffusion,
-    timestep_embedding,
-)
+from minidiff_fast.models.transformer_for_diffusion import TransformerForDiffusion, timestep_embedding
 
 __all__ = [
     "ConditionFeatures",
-    "ConditionMemory",
     "DiffusionMLP",
     "ImageEncoder",
     "LowDimEncoder",

@@ -1,5 +1,18 @@
 """Small modules that models are built of."""
 
+from minidiff_fast.nn.broadcast_cross_attention import BroadcastCrossAttention
+from minidiff_fast.nn.condition_cache import ConditionCache, LayerCache
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
+from minidiff_fast.nn.rotary import Rotary1D, Rotary3D
+from minidiff_fast.nn.shared_prefix_attention import SharedPrefixAttention, SharedPrefixOutput
 
-__all__ = ["MinMaxNormalizer"]
+__all__ = [
+    "BroadcastCrossAttention",
+    "ConditionCache",
+    "LayerCache",
+    "MinMaxNormalizer",
+    "Rotary1D",
+    "Rotary3D",
+    "SharedPrefixAttention",
+    "SharedPrefixOutput",
+]
