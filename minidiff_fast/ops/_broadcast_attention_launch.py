@@ -220,8 +220,8 @@ def _pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 def launch_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None,
-    out: Tensor, lse: Tensor, lse_correction: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, own_causal: bool, dropout_p: float, scale: float,
+    out: Tensor, lse: Tensor, lse_correction: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None,
+    mask: Tensor | None, seed: Tensor | None, own_causal: bool, dropout_p: float, scale: float,
     *, need_q: bool = True, need_shared: bool = True, need_own: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, down_k, down_v; empty where not needed."""
