@@ -364,7 +364,9 @@ class TransformerForDiffusion(nn.Module):
                 f"TransformerForDiffusion: memory must hold B = {batch} conditions, as sample, got {memory.batch}"
             )
         if not (memory.lengths is memory.cu_seqlens is memory.mask is None):
-            raise InvalidArgument(f"TransformerForDiffusion: memory must hold equally many tokens a condition, got {memory}")
+            raise InvalidArgument(
+                f"TransformerForDiffusion: memory must hold equally many tokens a condition, got {memory}"
+            )
         if not shares and samples > 1 and self.unshared == "error":
             raise InvalidArgument(
                 "TransformerForDiffusion: with n_cond_layers > 0 the encoder mixes each sample's timestep "

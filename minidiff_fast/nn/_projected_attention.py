@@ -13,9 +13,7 @@ from minidiff_fast.backend import IMPLS
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.nn.condition_cache import LayerCache
 from minidiff_fast.nn.rotary import RotaryModule, rotary_module
-from minidiff_fast.ops import broadcast_attention
-from minidiff_fast.ops._query_transform import QueryNorm
-from minidiff_fast.ops.rotary import Rotary, RotaryPositions
+from minidiff_fast.ops import QueryNorm, Rotary, RotaryPositions, broadcast_attention
 from minidiff_fast.shapes import check_shape, describe
 
 Norm = Literal["layer", "rms"]
@@ -107,12 +105,16 @@ class ProjectedAttention(nn.MultiheadAttention):
     def _keys_values(self, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[..., C]`` -> ``[..., Hkv, D]`` each; keys normalised, and rotated where there are positions."""
         k, v = self._heads_of(key, value)
-        if self.k_norm is not None:
-            k = self.k_norm(k).to(v.dtype)  # autocast runs norms in float32
+        k = self._normed_keys(k)
         self._check_positions("positions", positions)
         if self.rotary is not None and positions is not None:
             k = self.rotary.rotate(k, positions)
         return k, v
+
+    def _normed_keys(self, k: Tensor) -> Tensor:
+        """In the dtype of the norm's parameters (float32 under autocast), and back."""
+        norm = self.k_norm
+        return k if norm is None else norm(k.to(norm.weight.dtype)).to(k.dtype)
 
     def _heads_of(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         e, width = self.embed_dim, self.num_kv_heads * self.head_dim
@@ -180,10 +182,10 @@ class ProjectedAttention(nn.MultiheadAttention):
         came = "None" if positions is None else str(list(positions.shape))
         raise InvalidArgument(f"{type(self).__name__}: {argument} do not fit: {reason}, got {came}")
 
-    def _check_tokens(self, argument: str, x: Tensor, expected: list[int | str], letters: str, **others: Tensor) -> None:
-        check_shape(
-            type(self).__name__, argument, x, expected, letters, partial(describe, **{argument: x}, **others)
-        )
+    def _check_tokens(
+        self, argument: str, x: Tensor, expected: list[int | str], letters: str, **others: Tensor
+    ) -> None:
+        check_shape(type(self).__name__, argument, x, expected, letters, partial(describe, **{argument: x}, **others))
 
 
 def _norm(

@@ -9,7 +9,7 @@ from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.nn._projected_attention import Norm, ProjectedAttention
 from minidiff_fast.nn.condition_cache import LayerCache
 from minidiff_fast.nn.rotary import RotaryModule
-from minidiff_fast.ops.rotary import Rotary
+from minidiff_fast.ops import Rotary
 from minidiff_fast.shapes import Layout, check_layout, merge_samples, samples_per_condition, split_samples
 
 NAME = "BroadcastCrossAttention"
@@ -174,7 +174,9 @@ class BroadcastCrossAttention(ProjectedAttention):
         """Keys and values of the conditions: those of the cache, or projected now."""
         if cache is not None:
             if key is not None or value is not None or key_positions is not None:
-                raise InvalidArgument(f"{NAME}: cache takes the place of key, value and key_positions; give one or the other")
+                raise InvalidArgument(
+                    f"{NAME}: cache takes the place of key, value and key_positions; give one or the other"
+                )
             layer = LayerCache(*cache)
             self._check_cache(layer)
             if lengths is not None and (layer.lengths is not None or layer.cu_seqlens is not None):
@@ -204,7 +206,9 @@ class BroadcastCrossAttention(ProjectedAttention):
             keys, values = ([*some, layer.k.new_zeros(1, *heads)] for some in (keys, values))
         if not keys:
             return None, None
-        k, v = (torch.cat([y.to(layer.k.dtype) for y in some]).expand(*x.shape[:2], -1, -1, -1) for some in (keys, values))
+        k, v = (
+            torch.cat([y.to(layer.k.dtype) for y in some]).expand(*x.shape[:2], -1, -1, -1) for some in (keys, values)
+        )
         return k, v
 
     def _mask(

@@ -142,7 +142,7 @@ class ConditionCache:
     @property
     def empty(self) -> bool:
         """True where there is neither a layer nor a token tensor, hence no B either."""
-        return not self.keys and not self.tokens
+        return len(self.keys) + len(self.tokens) == 0
 
     @property
     def packed(self) -> bool:
@@ -257,7 +257,7 @@ def _check(cache: ConditionCache) -> None:
             f"{NAME}: keys and values must have one tensor a layer, got {len(cache.keys)} and {len(cache.values)}"
         )
     for name in ("lengths", "cu_seqlens", "mask"):
-        if getattr(cache, name) is not None and not cache.keys:
+        if getattr(cache, name) is not None and len(cache.keys) == 0:
             raise InvalidArgument(f"{NAME}: {name} is about keys, and there are none")
     if cache.cu_seqlens is not None:
         _check_packed(cache)
@@ -276,9 +276,7 @@ def _check_packed(cache: ConditionCache) -> None:
     if cache.lengths is not None or cache.mask is not None:
         raise InvalidArgument(f"{NAME}: packed tokens (cu_seqlens) take neither lengths nor a mask")
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int32:
-        raise InvalidArgument(
-            f"{NAME}: cu_seqlens must be [B + 1] int32, got {list(offsets.shape)} of {offsets.dtype}"
-        )
+        raise InvalidArgument(f"{NAME}: cu_seqlens must be [B + 1] int32, got {list(offsets.shape)} of {offsets.dtype}")
     _check_layers(cache, ["N", "Hkv", "D"], "[N, Hkv, D]", shared=1)
     _check_tokens(cache, offsets.shape[0] - 1)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.ops.rotary import Rotary, RotaryPositions, rotate
+from minidiff_fast.ops import Rotary, RotaryPositions, rotate
 
 
 class RotaryModule(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from minidiff_fast.nn._projected_attention import Norm, ProjectedAttention
 from minidiff_fast.nn.condition_cache import LayerCache
 from minidiff_fast.nn.rotary import RotaryModule
-from minidiff_fast.ops.rotary import Rotary
+from minidiff_fast.ops import Rotary
 
 NAME = "SharedPrefixAttention"
 
@@ -135,14 +135,13 @@ class SharedPrefixAttention(ProjectedAttention):
     ) -> Tensor:  # [B, K, P, C]
         """The samples' attention to the scene and to themselves.
 
-        ``cache`` is ``ConditionCache[layer]`` or (k, v) of :meth:`encode` or :meth:`project_condition`; the scene may be
-        padded or packed.
+        ``cache`` is ``ConditionCache[layer]`` or (k, v) of :meth:`encode` or :meth:`project_condition`; the scene may
+        be padded or packed.
         """
         layer = LayerCache(*cache)
         self._check_tokens("own", own, [layer.batch, "K", "P", self.embed_dim], "[B, K, P, C]", k=layer.k)
         own_k, own_v = self._heads_of(own, own)
-        if self.k_norm is not None:
-            own_k = self.k_norm(own_k).to(own_v.dtype)
+        own_k = self._normed_keys(own_k)
         self._check_positions("own positions", positions)
         rope = None
         if self.rotary is not None and positions is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidiff_fast.errors import BackendUnavailable, InvalidArgument
 from minidiff_fast.nn import BroadcastCrossAttention, ConditionCache, LayerCache, Rotary1D, Rotary3D
-from minidiff_fast.ops.rotary import rotate_reference
+from minidiff_fast.ops import rotate_reference
 
 E, H, B, T, S = 24, 2, 3, 4, 5
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6}
@@ -136,7 +136,10 @@ def test_without_batch_axis():
         module, theirs = pair_of("plain", batch_first=batch_first)
         query, key, _ = inputs_of(module, 1)
         masks = {name: mask[0] if "key" in name else mask for name, mask in masks_of("padding attn").items()}
-        close(module(query[0], key[0], key[0], **masks)[0], theirs(query[0], key[0], key[0], need_weights=False, **masks)[0])
+        close(
+            module(query[0], key[0], key[0], **masks)[0],
+            theirs(query[0], key[0], key[0], need_weights=False, **masks)[0],
+        )
         module, theirs = pair_of("widths", batch_first=batch_first)
         query, key, value = inputs_of(module, 1)
         close(module(query[0], key[0], value[0])[0], theirs(query[0], key[0], value[0])[0])
@@ -219,7 +222,9 @@ def explicit(module, query, key, positions=None, key_positions=None) -> Tensor:
     if positions is not None:
         recipe = module.rotary.recipe
         q = rotate_reference(q, positions, recipe)
-        k = rotate_reference(k, key_positions[:, None].expand(-1, query.shape[1], *[-1] * (key_positions.dim() - 1)), recipe)
+        k = rotate_reference(
+            k, key_positions[:, None].expand(-1, query.shape[1], *[-1] * (key_positions.dim() - 1)), recipe
+        )
     k, v = (x.repeat_interleave(module.num_heads // module.num_kv_heads, -2) for x in (k, v))
     out = F.scaled_dot_product_attention(*(x.transpose(-3, -2) for x in (q, k, v))).transpose(-3, -2)
     return module.out_proj(out.flatten(-2))
@@ -238,7 +243,9 @@ OPTIONS = {
 
 def optional(name: str, dtype=torch.float64, **options):
     torch.manual_seed(1)
-    module = BroadcastCrossAttention(E, H, batch_first=True, dtype=dtype, **{"impl": "reference", **OPTIONS[name], **options})
+    module = BroadcastCrossAttention(
+        E, H, dtype=dtype, **{"batch_first": True, "impl": "reference", **OPTIONS[name], **options}
+    )
     for parameter in module.parameters():
         nn.init.normal_(parameter, mean=0.1, std=0.4)
     return module
@@ -249,7 +256,10 @@ def placed(module, k: int, dtype=torch.float64) -> tuple[Tensor, Tensor, dict[st
     if module.rotary is None:
         return query, key, {}
     tail = (3,) if module.rotary.recipe.axes == 3 else ()
-    where = {"query_positions": torch.randn(B * k, T, *tail, dtype=dtype), "key_positions": torch.randn(B, S, *tail, dtype=dtype)}
+    where = {
+        "query_positions": torch.randn(B * k, T, *tail, dtype=dtype),
+        "key_positions": torch.randn(B, S, *tail, dtype=dtype),
+    }
     return query, key, where
 
 
@@ -267,7 +277,11 @@ def test_norms_rotations_and_grouped_heads(name, k):
         else:
             places = where.get("query_positions")
             out = explicit(
-                module, q.unflatten(0, (B, k)), m, None if places is None else places.unflatten(0, (B, k)), where.get("key_positions")
+                module,
+                q.unflatten(0, (B, k)),
+                m,
+                None if places is None else places.unflatten(0, (B, k)),
+                where.get("key_positions"),
             ).flatten(0, 1)
         out.square().sum().backward()
         grads.append([out, q.grad, m.grad, *(p.grad.clone() for p in module.parameters())])
@@ -330,7 +344,10 @@ def test_copies():
     want = module(query, key, **where)[0]
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(other(query, key, **where)[0], want)
-    assert set(module.state_dict()) - set(nn.MultiheadAttention(E, H).state_dict()) == {"q_norm.weight", "k_norm.weight"}
+    assert set(module.state_dict()) - set(nn.MultiheadAttention(E, H).state_dict()) == {
+        "q_norm.weight",
+        "k_norm.weight",
+    }
 
 
 def test_dropout_acts_in_training_only():
@@ -452,7 +469,9 @@ def test_forward_errors(args, options, text):
 
 def test_rotary_needs_positions():
     module = BroadcastCrossAttention(E, H, batch_first=True, impl="reference", rotary=Rotary3D(6))
-    with pytest.raises(InvalidArgument, match="key_positions do not fit: this module has a rotary and needs them, got None"):
+    with pytest.raises(
+        InvalidArgument, match="key_positions do not fit: this module has a rotary and needs them, got None"
+    ):
         module(Q, M)
     with pytest.raises(InvalidArgument, match="query_positions do not fit: this module has a rotary"):
         module(Q, M, key_positions=sized(3, S, 3))

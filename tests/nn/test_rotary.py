@@ -10,7 +10,7 @@ import torch
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.nn import BroadcastCrossAttention, Rotary1D, Rotary3D
-from minidiff_fast.ops.rotary import Rotary, rotate_reference
+from minidiff_fast.ops import Rotary, rotate_reference
 
 
 def complex_rotation(x, angles):
