@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.ops import _broadcast_attention_flash as flash
 from minidiff_fast.ops._broadcast_attention_op import broadcast_attention_fwd
 from minidiff_fast.ops._query_transform import QueryNorm, check_transform, transformed_reference
 from minidiff_fast.ops.philox import dropout_threshold, philox_4x32
@@ -19,7 +20,7 @@ from minidiff_fast.ops.rotary import RotaryPositions
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_attention"
-BACKENDS = backend.register(backend.OpBackends(NAME, {"triton": backend.why_not_triton}))
+BACKENDS = backend.register(backend.OpBackends(NAME, {"triton": backend.why_not_triton, "flash": flash.why_not_flash}))
 FUSES_TRANSFORM = {"triton"}
 """Implementations that norm and rotate inside their kernels; the others get q and own_k as they meet the keys."""
 
@@ -132,10 +133,14 @@ def broadcast_attention(
             q, k, v, own_k, own_v, lengths=lengths, cu_seqlens=cu_seqlens, mask=mask, own_causal=own_causal,
             rope=rope, q_norm=q_norm, dropout_p=dropout_p, seed=seed, scale=scale, return_lse=return_lse,
         )  # fmt: skip
+    if chosen == "flash":
+        flash.check_exact(q, k, own_k, lengths, mask, dropout_p, return_lse)
     if chosen not in FUSES_TRANSFORM:
         q, own_k = transformed_reference(q, own_k, rope, q_norm, lean=True)
         rope = q_norm = None
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if chosen == "flash":
+        return flash.attend(q, k, v, cu_seqlens, scale)
     mask = None if mask is None else _explicit_mask(mask, q.shape[0], q.shape[2])
     rotary = None if rope is None else rope.rotary
     out, lse, _ = broadcast_attention_fwd(
