@@ -165,27 +165,38 @@ def test_pytree_of_tensors(kind):
     assert paths[:2] == [".keys[0]", ".keys[1]"]
 
 
+def test_distributed_data_parallel(tmp_path):
+    """One process: DistributedDataParallel walks the cache on its way in, and reduces every gradient."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain, inner = Scene("packed"), Scene("packed")
+        level2_step(plain, OBJECTIVE, batch_of(), chunk=2)
+        level2_step(nn.parallel.DistributedDataParallel(inner), OBJECTIVE, batch_of(), chunk=2)
+    finally:
+        torch.distributed.destroy_process_group()
+    for one, other in zip(gradients(plain), gradients(inner), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kind", ["lengths", "packed"])
 def test_compiles_across_the_border_of_a_graph(kind):
+    """A cache made in one graph and read in another."""
     policy = Scene(kind)
-    obs, x, t = batch_of().obs, torch.randn(B, 4, T, A, dtype=torch.float64), torch.zeros(B, 4)
-    encode = torch.compile(policy.encode, fullgraph=True, backend="eager" if kind == "packed" else "aot_eager")
-    if kind == "packed":  # cutting the padding off is the host's work
-        points = pack(obs["points"])
-        encode = torch.compile(
-            lambda p: ConditionCache.build(
-                policy.layers, torch.tanh(policy.encoder(p)), cu_seqlens=offsets_, positions=p[:, :3]
-            ),
-            fullgraph=True,
-            backend="aot_eager",
-        )
-        offsets_ = offsets()
-        cache = {"scene": encode(points), "mean": torch.tanh(policy.encoder(obs["points"]))[:, 0]}
-    else:
-        cache = encode(obs)
-    assert type(cache["scene"]) is ConditionCache and cache["scene"].keys[0].requires_grad
-    out = torch.compile(policy.denoise, fullgraph=True, backend="aot_eager")(cache, x, t)
-    torch.testing.assert_close(out, policy.denoise(policy.encode(obs), x, t))
+    points, x, t = batch_of().obs["points"], torch.randn(B, 4, T, A, dtype=torch.float64), torch.zeros(B, 4)
+    known = {"cu_seqlens": offsets()} if kind == "packed" else {"lengths": lengths()}
+    tokens = pack(points) if kind == "packed" else points
+
+    def encode(tokens):
+        memory = torch.tanh(policy.encoder(tokens))
+        return ConditionCache.build(policy.layers, memory, positions=tokens[..., :3], **known)
+
+    scene = torch.compile(encode, fullgraph=True, backend="aot_eager")(tokens)
+    assert type(scene) is ConditionCache and scene.keys[0].requires_grad
+    want = policy.encode({"points": points})
+    backend = "aot_eager" if kind == "packed" else "eager"
+    out = torch.compile(policy.denoise, fullgraph=True, backend=backend)({**want, "scene": scene}, x, t)
+    torch.testing.assert_close(out, policy.denoise(want, x, t))
 
 
 # -------------------------------------------------------------------- methods

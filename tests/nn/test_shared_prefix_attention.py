@@ -26,8 +26,10 @@ OPTIONS = {
     "3d full width": dict(rotary=Rotary3D.across_heads(H, C // H), own_causal=True),
     "1d": dict(rotary=Rotary1D(8, style="half"), num_kv_heads=1),
 }
-needs_interpreter = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), reason="the kernels need TRITON_INTERPRET=1 on a CPU"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"),
+    reason="the kernels need a GPU or TRITON_INTERPRET=1",
 )
 
 
@@ -69,7 +71,7 @@ def masked(module, x: Tensor, visible: Tensor, positions: Tensor | None) -> Tens
 
 def block_mask(k: int, seen: Tensor, causal: bool) -> Tensor:
     """[B, S + k P, S + k P]: everyone sees the scene's tokens in ``seen`` [B, S], a sample sees itself besides."""
-    mask = torch.zeros(B, S + k * P, S + k * P, dtype=torch.bool)
+    mask = torch.zeros(B, S + k * P, S + k * P, dtype=torch.bool, device=seen.device)
     mask[:, :, :S] = seen[:, None]
     for sample in range(k):
         rows = slice(S + sample * P, S + (sample + 1) * P)
@@ -125,13 +127,15 @@ def test_equals_one_masked_attention(name, bounds, oracle):
         close(a, b)
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_kernels)])
 @pytest.mark.parametrize("name", ["causal", "3d"])
 def test_float32(name, impl):
-    module = module_of(name, torch.float32, impl=impl)
+    device = DEVICE if impl == "triton" else "cpu"
+    module = module_of(name, torch.float32, impl=impl).to(device)
     scene, own, where = inputs_of(module, dtype=torch.float32)
-    lengths = torch.tensor([5, 2, 1])
-    seen = torch.arange(S) < lengths[:, None]
+    scene, own, where = scene.to(device), own.to(device), {n: x.to(device) for n, x in where.items()}
+    lengths = torch.tensor([5, 2, 1], device=device)
+    seen = torch.arange(S, device=device) < lengths[:, None]
     weights = [torch.randn_like(scene), torch.randn_like(own)]
     got = run(lambda s, o: module(s, o, lengths=lengths, **where), module, scene, own, weights)
     want = run(lambda s, o: one_attention(module, s, o, where, seen), module, scene, own, weights)
@@ -267,12 +271,15 @@ def test_dropout_is_drawn_per_sample():
 
 def saved_of_the_scene(name: str, k: int) -> list[tuple[int, ...]]:
     """Shapes with the scene's 53 tokens in them that autograd keeps."""
-    module = module_of(name, torch.float32, impl="triton")
+    module = module_of(name, torch.float32, impl="triton").to(DEVICE)
     torch.manual_seed(0)
-    scene, own = torch.randn(2, 53, C, requires_grad=True), torch.randn(2, k, 1, C)
+    scene, own = torch.randn(2, 53, C, device=DEVICE, requires_grad=True), torch.randn(2, k, 1, C, device=DEVICE)
     where = {}
     if module.rotary is not None:
-        where = {"scene_positions": torch.randn(2, 53, 3), "own_positions": torch.randn(2, k, 1, 3)}
+        where = {
+            "scene_positions": torch.randn(2, 53, 3, device=DEVICE),
+            "own_positions": torch.randn(2, k, 1, 3, device=DEVICE),
+        }
     saved: list[Tensor] = []
 
     def hold(x: Tensor) -> Tensor:
@@ -284,7 +291,7 @@ def saved_of_the_scene(name: str, k: int) -> list[tuple[int, ...]]:
     return sorted(tuple(x.shape) for x in saved if x.shape.numel() % 53 == 0)
 
 
-@needs_interpreter
+@needs_kernels
 @pytest.mark.parametrize("name", ["plain", "3d"])
 def test_what_is_saved_of_the_scene_does_not_depend_on_k(name):
     few = saved_of_the_scene(name, 1)
