@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.nn.condition_cache import held_conditions
 from minidiff_fast.ops.level2_noise import NoiseDraw, TimestepDraw
 from minidiff_fast.policy import Policy
 from minidiff_fast.shapes import check_shape, describe
@@ -209,7 +210,7 @@ def level2_step(
 
     Raises:
         InvalidArgument: chunk < 1, gradients switched off (``torch.no_grad()``), FSDP, or a cache without tensors of
-            leading dimension B.
+            leading dimension B (a :class:`~minidiff_fast.nn.ConditionCache` knows its B, packed or not).
 
     Example::
 
@@ -229,8 +230,8 @@ def level2_step(
     total = batch.timesteps.numel()
 
     cache = bare.encode(batch.obs)
+    _check_cache(cache, batch.actions.shape[0])
     leaves, structure = pytree.tree_flatten(cache)
-    _check_cache(leaves, batch.actions.shape[0])
     starts = range(0, k, chunk)
     gatherers = [_gatherer(leaf) for leaf in leaves] if len(starts) > 1 else []
     losses = []
@@ -294,12 +295,11 @@ def _gatherer(leaf: Any) -> Tensor | None:
     return leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)).requires_grad_()
 
 
-def _check_cache(leaves: list[Any], batch: int) -> None:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    wrong = [list(leaf.shape) for leaf in tensors if leaf.dim() < 1 or leaf.shape[0] != batch]
-    if not tensors or wrong:
-        found = f"a tensor of shape {wrong[0]}" if wrong else "no tensor"
+def _check_cache(cache: Any, batch: int) -> None:
+    held = held_conditions(cache)
+    wrong = [found for found, conditions in held if conditions != batch]
+    if not held or wrong:
         raise InvalidArgument(
             f"level2_step: every tensor in the cache that policy.encode returns must have leading dimension "
-            f"B = {batch}, got {found}"
+            f"B = {batch}, got {wrong[0] if wrong else 'no tensor'}"
         )

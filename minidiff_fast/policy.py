@@ -13,8 +13,9 @@ from minidiff_fast.nn.normalizer import MinMaxNormalizer
 class Policy(Protocol):
     """The two calls that every objective and sampler makes.
 
-    ``cache`` is whatever ``encode`` returns: a tensor, or a (named) tuple, list or dict of tensors, each with
-    leading dimension B. It is computed once per condition and read by every sample of it.
+    ``cache`` is whatever ``encode`` returns: a :class:`~minidiff_fast.nn.ConditionCache`, a tensor with leading
+    dimension B, or a (named) tuple, list or dict of these. It is computed once per condition and read by every
+    sample of it.
     """
 
     def encode(self, obs: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.nn.condition_cache import held_conditions
 from minidiff_fast.policy import Policy
 
 
@@ -40,8 +41,8 @@ def sample_actions(
         dtype: of the sample handed to the policy.
 
     Raises:
-        InvalidArgument: k < 1, num_inference_steps < 1, more steps than the scheduler was trained with, or a policy in
-            training mode.
+        InvalidArgument: k < 1, num_inference_steps < 1, more steps than the scheduler was trained with, a policy in
+            training mode, or a cache whose parts differ in B.
     """
     if k < 1:
         raise InvalidArgument(f"sample_actions: k, the samples per observation, must be at least 1, got {k}")
@@ -53,10 +54,8 @@ def sample_actions(
     if getattr(policy, "training", False):
         raise InvalidArgument("sample_actions: policy is in training mode, whose dropout draws on; call policy.eval()")
     cache = policy.encode(obs)
-    leaves = [leaf for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)]
-    if not leaves:
-        raise InvalidArgument("sample_actions: policy.encode returned no tensor")
-    batch, device = leaves[0].shape[0], leaves[0].device
+    batch = _batch_of(cache)
+    device = next(leaf.device for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor))
     # The scheduler's own timesteps stay on the CPU, where it branches on them without waiting for the device.
     scheduler.set_timesteps(num_inference_steps)
     on_device = scheduler.timesteps.to(device)
@@ -73,3 +72,19 @@ def sample_actions(
         prediction = policy.denoise(cache, scaled.unflatten(0, (batch, k)).to(dtype), times)
         x = scheduler.step(prediction.flatten(0, 1).to(x.dtype), t, x, **extra).prev_sample
     return x.unflatten(0, (batch, k))
+
+
+def _batch_of(cache: Any) -> int:
+    """B, on which everything in the cache agrees."""
+    held = held_conditions(cache)
+    if not held:
+        raise InvalidArgument("sample_actions: policy.encode returned no tensor")
+    found, batch = held[0]
+    for other, conditions in held:
+        if batch is None or conditions != batch:
+            raise InvalidArgument(
+                f"sample_actions: everything that policy.encode returns must have leading dimension B, "
+                f"got {found} and {other}"
+            )
+    assert batch is not None
+    return batch

@@ -10,15 +10,10 @@ from __future__ import annotations
 from minidiff_fast.models.conditional_unet1d import ConditionalUnet1D, ConditionModulation
 from minidiff_fast.models.diffusion_mlp import ConditionFeatures, DiffusionMLP
 from minidiff_fast.models.observation_encoders import ImageEncoder, LowDimEncoder, SpatialSoftmax
-from minidiff_fast.models.transformer_for_diffusion import (
-    ConditionMemory,
-    TransformerForDiffusion,
-    timestep_embedding,
-)
+from minidiff_fast.models.transformer_for_diffusion import TransformerForDiffusion, timestep_embedding
 
 __all__ = [
     "ConditionFeatures",
-    "ConditionMemory",
     "ConditionModulation",
     "ConditionalUnet1D",
     "DiffusionMLP",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,9 @@ from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.models import _transformer_checks as checks
+from minidiff_fast.nn.condition_cache import ConditionCache
 from minidiff_fast.ops import broadcast_attention
 from minidiff_fast.shapes import Layout, merge_samples, samples_per_condition, split_samples
-
-
-class ConditionMemory(NamedTuple):
-    """What :meth:`TransformerForDiffusion.encode` keeps of the observations; every tensor has leading dim B.
-
-    A NamedTuple of tuples of tensors, hence a pytree without a None in it.
-    """
-
-    keys: tuple[Tensor, ...]
-    """Per decoder layer the projected cross-attention keys of the observation tokens, [B, To, H, D]."""
-    values: tuple[Tensor, ...]
-    """Per decoder layer the projected cross-attention values of the observation tokens, [B, To, H, D]."""
-    tokens: tuple[Tensor, ...]
-    """Only with n_cond_layers > 0: the observation embeddings [B, To, n_emb] before the encoder."""
 
 
 def timestep_embedding(
@@ -211,7 +198,7 @@ class TransformerForDiffusion(nn.Module):
     def encode(
         self,
         cond: Tensor | None = None,  # [B, To, Dc]; None where cond_dim = 0
-    ) -> ConditionMemory:
+    ) -> ConditionCache:
         """Everything that depends on the condition alone, computed once for its K samples.
 
         Observation tokens o_j = MLP(W cond_j + b + position_j), and per decoder layer l the keys W_k^l o_j
@@ -223,20 +210,19 @@ class TransformerForDiffusion(nn.Module):
                 raise InvalidArgument(
                     f"TransformerForDiffusion: cond must be None for a model with cond_dim = 0, got {list(cond.shape)}"
                 )
-            return ConditionMemory((), (), ())
+            return ConditionCache((), ())
         cond = checks.check_cond(cond, self.cond_dim, self.n_obs_steps, self.pos_emb)
         embed = cast(nn.Linear, self.cond_obs_emb)
         position = cast(Tensor, self.cond_pos_emb)[:, 1 : 1 + cond.shape[1]]
         tokens = self.drop(embed(cond) + position)  # [B, To, E]
         if not isinstance(self.encoder, nn.Sequential):
-            return ConditionMemory((), (), (tokens,))
+            return ConditionCache((), (), (tokens,))
         tokens = self.encoder(tokens)
-        projected = [self._project_memory(layer, tokens) for layer in self._layers()]
-        return ConditionMemory(tuple(k for k, _ in projected), tuple(v for _, v in projected), ())
+        return ConditionCache.of([self._project_memory(layer, tokens) for layer in self._layers()])
 
     def denoise(
         self,
-        memory: ConditionMemory,  # leading dim B
+        memory: ConditionCache,  # leading dim B
         sample: Tensor,  # [B, K, T, Da]
         timestep: Tensor,  # [B, K]
     ) -> Tensor:  # [B, K, T, out]
@@ -295,7 +281,7 @@ class TransformerForDiffusion(nn.Module):
 
     # ---------------------------------------------------------------- the three forms
 
-    def _decode_shared(self, memory: ConditionMemory, x: Tensor, time: Tensor) -> Tensor:
+    def _decode_shared(self, memory: ConditionCache, x: Tensor, time: Tensor) -> Tensor:
         own = self.encoder(self.drop(time + cast(Tensor, self.cond_pos_emb)[:, 0]))  # [B, K, E]
         steps, observed = x.shape[2], memory.keys[0].shape[1]
         visible = None
@@ -323,7 +309,7 @@ class TransformerForDiffusion(nn.Module):
             x = x + _feed_forward(layer, x)
         return x
 
-    def _decode_unshared(self, memory: ConditionMemory, x: Tensor, time: Tensor) -> Tensor:
+    def _decode_unshared(self, memory: ConditionCache, x: Tensor, time: Tensor) -> Tensor:
         """Every sample has a memory of its own: the stock decoder over B * K rows."""
         batch, samples, steps = x.shape[:3]
         own = self.drop(time + cast(Tensor, self.cond_pos_emb)[:, 0]).unsqueeze(2)  # [B, K, 1, E]
@@ -362,7 +348,7 @@ class TransformerForDiffusion(nn.Module):
     def _layers(self) -> list[nn.TransformerDecoderLayer]:
         return cast("list[nn.TransformerDecoderLayer]", cast(nn.TransformerDecoder, self.decoder).layers)
 
-    def _check_memory(self, memory: ConditionMemory, batch: int, samples: int) -> None:
+    def _check_memory(self, memory: ConditionCache, batch: int, samples: int) -> None:
         if not self.obs_as_cond:
             return
         shares = isinstance(self.encoder, nn.Sequential)
@@ -373,10 +359,13 @@ class TransformerForDiffusion(nn.Module):
                 "TransformerForDiffusion: memory must come from encode() of this model and hold "
                 f"{expected} keys, values, tokens, got {found}"
             )
-        held = (memory.keys or memory.tokens)[0].shape[0]
-        if held != batch:
+        if memory.batch != batch:
             raise InvalidArgument(
-                f"TransformerForDiffusion: memory must hold B = {batch} conditions, as sample, got {held}"
+                f"TransformerForDiffusion: memory must hold B = {batch} conditions, as sample, got {memory.batch}"
+            )
+        if not (memory.lengths is memory.cu_seqlens is memory.mask is None):
+            raise InvalidArgument(
+                f"TransformerForDiffusion: memory must hold equally many tokens a condition, got {memory}"
             )
         if not shares and samples > 1 and self.unshared == "error":
             raise InvalidArgument(

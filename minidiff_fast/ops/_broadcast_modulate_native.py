@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y like x; mean and rstd, float32: [B, K, T] (layer, rms), [B, K, num_groups] (group), empty where unused."""
     mean, rstd = (
-        torch.empty(shape, dtype=torch.float32) for shape in statistics_shapes(x.shape, norm, num_groups, channels_first)
+        torch.empty(shape, dtype=torch.float32)
+        for shape in statistics_shapes(x.shape, norm, num_groups, channels_first)
     )
     turned = channels_first and norm in ("layer", "rms")  # one token's channels must lie together
     if turned:
@@ -173,7 +174,7 @@ def _options(
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(direction: str) -> Any:
     library = native.load()
     if library is None:

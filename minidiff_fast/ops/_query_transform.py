@@ -80,7 +80,7 @@ def check_transform(
         raise InvalidArgument(f"{function}: q_norm must be a QueryNorm, got {type(q_norm).__name__}")
     if q_norm.kind not in ("layer", "rms"):
         raise InvalidArgument(f"{function}: q_norm.kind must be 'layer' or 'rms', got {q_norm.kind!r}")
-    if not isinstance(q_norm.eps, (int, float)) or not math.isfinite(q_norm.eps) or q_norm.eps < 0:
+    if not isinstance(q_norm.eps, (int, float)) or not 0.0 <= q_norm.eps < math.inf:
         raise InvalidArgument(f"{function}: q_norm.eps must be a finite number of at least 0, got {q_norm.eps!r}")
     if rope is not None and rope.rotary.full_width:
         raise InvalidArgument(

@@ -363,5 +363,5 @@ def _check(
         raise InvalidArgument(
             f"{NAME}: seed must be [1] int64 on {q.device}, got {list(seed.shape)} {seed.dtype} on {seed.device}"
         )
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise InvalidArgument(f"{NAME}: scale must be a finite number, got {scale}")
