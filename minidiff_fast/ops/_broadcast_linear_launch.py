@@ -48,7 +48,7 @@ def _blocks(size: int, block: int) -> int:
 
 def choose_config(
     kernel: str, rows: int, columns: int, summands: int, element_size: int,
-    *, aligned: bool, summed: bool, exact: bool, hip: bool,
+    *, aligned: bool, summed: bool, single: bool, exact: bool, hip: bool,
 ) -> LaunchConfig:  # fmt: skip
     """The heuristic launch configuration of an output ``[rows, columns]`` and sums of ``summands`` products.
 
@@ -59,6 +59,7 @@ def choose_config(
         element_size: bytes per element.
         aligned: every operand can be loaded in vectors; without, each element holds an address in a register.
         summed: the input is x + g, two tiles for one.
+        single: a condition is one row: few rows in all, so time goes into waiting, which more warps hide.
         exact: float32 products without TF32; they run on the ordinary cores, out of registers.
         hip: ROCm: 64 KiB of shared memory.
     """
@@ -73,7 +74,7 @@ def choose_config(
         # Smaller tiles when there would be less than one for each processor.
         while _blocks(rows, block_m) * _blocks(columns, block_n) < PROGRAMS // 2 and max(block_m, block_n) > 64:
             block_m, block_n = (block_m // 2, block_n) if block_m > block_n else (block_m, block_n // 2)
-    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    num_warps = 8 if single or block_m * block_n >= 128 * 128 else 4
     return LaunchConfig(block_m, block_n, block_k, num_warps, num_stages=2 if hip else 3)
 
 
@@ -112,7 +113,7 @@ def _config(
     aligned = all(_aligned(operand) for operand in (x, g, weight, dy) if operand is not None)
     return choose_config(
         kernel, rows, columns, summands, x.element_size(),
-        aligned=aligned, summed=g is not None, exact=exact, hip=HIP,
+        aligned=aligned, summed=g is not None, single=_sizes(x)[1] == 1, exact=exact, hip=HIP,
     )  # fmt: skip
 
 
