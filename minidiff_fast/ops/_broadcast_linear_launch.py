@@ -48,7 +48,7 @@ def _blocks(size: int, block: int) -> int:
 
 def choose_config(
     kernel: str, rows: int, columns: int, summands: int, element_size: int,
-    *, aligned: bool, summed: bool, widened: bool, exact: bool, hip: bool,
+    *, aligned: bool, summed: bool, single: bool, exact: bool, hip: bool,
 ) -> LaunchConfig:  # fmt: skip
     """The heuristic launch configuration of an output ``[rows, columns]`` and sums of ``summands`` products.
 
@@ -59,7 +59,7 @@ def choose_config(
         element_size: bytes per element.
         aligned: every operand can be loaded in vectors; without, each element holds an address in a register.
         summed: the input is x + g, two tiles for one.
-        widened: dy is float32 and the other operands are not.
+        single: a condition is one row: few rows in all, so time goes into waiting, which more warps hide.
         exact: float32 products without TF32; they run on the ordinary cores, out of registers.
         hip: ROCm: 64 KiB of shared memory.
     """
@@ -68,14 +68,13 @@ def choose_config(
     if not aligned:
         return LaunchConfig(_tile(rows, 64), _tile(columns, 64), _tile(summands, 32), num_warps=4, num_stages=2)
     block_m, block_n = _tile(rows, 128), _tile(columns, 128)
-    # What waits to become an operand sits in registers: with more than one 16-bit tile of it, shorter steps.
-    crowded = element_size == 4 or widened or (summed and hip)
-    block_k = _tile(summands, 32 if crowded else 64)
+    # On ROCm the next tiles of x and g wait in registers: two of them leave room for shorter steps only.
+    block_k = _tile(summands, 32 if element_size == 4 or (summed and hip) else 64)
     if kernel != "dweight":
         # Smaller tiles when there would be less than one for each processor.
         while _blocks(rows, block_m) * _blocks(columns, block_n) < PROGRAMS // 2 and max(block_m, block_n) > 64:
             block_m, block_n = (block_m // 2, block_n) if block_m > block_n else (block_m, block_n // 2)
-    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
+    num_warps = 8 if single or block_m * block_n >= 128 * 128 else 4
     return LaunchConfig(block_m, block_n, block_k, num_warps, num_stages=2 if hip else 3)
 
 
@@ -112,10 +111,9 @@ def _config(
     """The configuration for these operands."""
     exact = x.dtype == torch.float32 and _precision(x) == "ieee"
     aligned = all(_aligned(operand) for operand in (x, g, weight, dy) if operand is not None)
-    widened = dy is not None and dy.dtype != x.dtype
     return choose_config(
         kernel, rows, columns, summands, x.element_size(),
-        aligned=aligned, summed=g is not None, widened=widened, exact=exact, hip=HIP,
+        aligned=aligned, summed=g is not None, single=_sizes(x)[1] == 1, exact=exact, hip=HIP,
     )  # fmt: skip
 
 
@@ -335,11 +333,11 @@ def launch_backward(
             _sum_conditions(dy, dy_b)
             if need_bias:
                 _sum_conditions(dy_b[None, None], dbias[None])
-            if not summed and need_g:
-                of_condition = _columns(weight, split, weight.shape[1])
-                _input_gradient(
-                    _of_conditions(dy_b), _of_conditions(g), None, of_condition, _of_conditions(dg), activation
-                )
-            if not summed and need_weight:
-                _weight_gradient(_of_conditions(dy_b), _of_conditions(g), None, dweight[:, split:], activation)
+            if not summed and (need_g or need_weight):
+                own, of_conditions = _of_conditions(g), _of_conditions(dy_b.to(x.dtype))
+                if need_g:
+                    part = _columns(weight, split, weight.shape[1])
+                    _input_gradient(of_conditions, own, None, part, _of_conditions(dg), activation)
+                if need_weight:
+                    _weight_gradient(of_conditions, own, None, dweight[:, split:], activation)
     return (dx if need_x else dx.new_empty(0)), dg, dweight, dbias
