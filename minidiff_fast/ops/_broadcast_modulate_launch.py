@@ -64,7 +64,7 @@ def choose_config(
         hip: ROCm: warps are twice as wide.
     """
     backward, grouped = kernel == "backward", norm == "group"
-    largest = (4096 if grouped else 2048) if backward else (8192 if grouped else 4096)
+    largest = (4096 if grouped and rows_first else 2048) if backward else (8192 if grouped else 4096)
     block_r, block_c = _power(rows), _power(channels)
     if not grouped:
         block_r = min(block_r, max(1, 2048 // block_c))
