@@ -192,7 +192,8 @@ def definition(inputs: Inputs) -> Tensor:
     """The library's."""
     from minidiff_fast.ops import broadcast_modulate_reference
 
-    return broadcast_modulate_reference(**inputs.leaves, **inputs.case.options)
+    arguments: dict[str, Any] = {**inputs.leaves, **inputs.case.options}
+    return broadcast_modulate_reference(**arguments)
 
 
 def _composed(case: ModulateCase, leaves: dict[str, Tensor], repeat: bool) -> Tensor:
@@ -352,7 +353,8 @@ def record_launches(
         with recorded_launches(launcher.kernels) as launches:
             y, mean, rstd = launcher.launch_forward(x, *tensors.values(), *options)
             tensors.pop("residual")
-            launcher.launch_backward(y, x, *tensors.values(), mean, rstd, *options, [True] * 9)
+            backward: list[Any] = [y, x, *tensors.values(), mean, rstd, *options, [True] * 9]
+            launcher.launch_backward(*backward)
     finally:
         launcher.HIP = was
     return launches

@@ -37,16 +37,16 @@ SDPA_BACKENDS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant."""
+    """One contestant, of any suite."""
 
     name: str
     family: str
     """What ``--peers`` may name to select it together with its siblings."""
     what: str
     """One line for the JSON."""
-    supports: Callable[[AttentionCase, torch.device, torch.dtype], Reason]
+    supports: Callable[[Any, torch.device, torch.dtype], Reason]
     """None, or why it sits this cell out."""
-    prepare: Callable[[AttentionCase, Inputs], Run]
+    prepare: Callable[[Any, Any], Run]
     implementation: Callable[[torch.device, torch.dtype], str]
     """What the name resolves to on this device, for the table."""
     ours: bool = False
