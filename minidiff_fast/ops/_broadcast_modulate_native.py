@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidiff_fast import native
-from minidiff_fast.errors import BackendUnavailable
+from minidiff_fast.errors import BackendUnavailable, NativeError
 from minidiff_fast.ops._broadcast_modulate_op import statistics_shapes
 
 NORMS = {"": 0, "layer": 1, "rms": 2, "group": 3}
@@ -33,7 +33,7 @@ _POINTERS = (
 
 
 class _Arguments(ctypes.Structure):
-    """``minidiff_fast_modulate`` of csrc/minidiff_fast.h."""
+    """``minidiff_fast_broadcast_modulate`` of csrc/minidiff_fast.h."""
 
     _fields_ = (
         ("size", ctypes.c_size_t),
@@ -65,7 +65,8 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y like x; mean and rstd, float32: [B, K, T] (layer, rms), [B, K, num_groups] (group), empty where unused."""
     mean, rstd = (
-        torch.empty(shape, dtype=torch.float32) for shape in statistics_shapes(x.shape, norm, num_groups, channels_first)
+        torch.empty(shape, dtype=torch.float32)
+        for shape in statistics_shapes(x.shape, norm, num_groups, channels_first)
     )
     turned = channels_first and norm in ("layer", "rms")  # one token's channels must lie together
     if turned:
@@ -173,12 +174,12 @@ def _options(
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(direction: str) -> Any:
     library = native.load()
     if library is None:
         raise BackendUnavailable(f"broadcast_modulate: {native.why_missing()}")
-    return library.function(f"minidiff_fast_modulate_{direction}", [ctypes.POINTER(_Arguments)])
+    return library.function(f"minidiff_fast_broadcast_modulate_{direction}", [ctypes.POINTER(_Arguments)])
 
 
 def _call(direction: str, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> None:
@@ -187,4 +188,4 @@ def _call(direction: str, tensors: dict[str, Tensor | None], options: dict[str, 
     arguments = _Arguments(size=ctypes.sizeof(_Arguments), **options, **addresses)
     status = _function(direction)(ctypes.byref(arguments))
     if status != 0:
-        raise RuntimeError(f"broadcast_modulate: the native {direction} kernel returned {status}, {options}")
+        raise NativeError(f"broadcast_modulate: the native {direction} kernel returned {status} ({options})")
