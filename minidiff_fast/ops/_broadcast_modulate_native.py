@@ -135,15 +135,17 @@ def launch_backward(
         if not name.startswith("own_"):
             gradient = gradient.sum(1) if runs != 1 else gradient[:, 0]
             gradient = gradient.sum(0) if name in ("weight", "bias") else gradient
-        gradients.append(gradient.to(tensor.dtype))
+        gradients.append(gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype))
     return tuple(gradients)
 
 
 def _parameters(tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
-    """By name, as the kernels read them."""
+    """By name, as the kernels read them; absent ones are left out."""
     return {
-        name: None if tensor is None else tensor.to(torch.float32).contiguous()
+        # Asked first: the calls that would change nothing cost as much as a small kernel.
+        name: tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
         for name, tensor in zip(_PARAMETERS, tensors, strict=True)
+        if tensor is not None
     }
 
 
