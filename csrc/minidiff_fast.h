@@ -123,8 +123,8 @@ MINIDIFF_FAST_API int minidiff_fast_level2_noise(const float* x0, const float* s
  * y, dy and dx are float32 or bfloat16, everything else float32. A pointer is NULL where its tensor is absent or not
  * wanted. Samples go in runs of sample_run (the last one may be shorter), R = ceil(samples / sample_run) runs per
  * condition: the unit of work, so that no result depends on the number of threads. */
-typedef struct minidiff_fast_modulate {
-  size_t size; /* sizeof(struct minidiff_fast_modulate), checked */
+typedef struct minidiff_fast_broadcast_modulate {
+  size_t size; /* sizeof(struct minidiff_fast_broadcast_modulate), checked */
   int64_t conditions, samples, tokens, channels; /* B, K, T, C */
   int64_t groups;                                /* norm 3 only; divides channels */
   int64_t sample_run;                            /* at least 1 */
@@ -145,13 +145,13 @@ typedef struct minidiff_fast_modulate {
   void *y, *dx;                                            /* like x */
   float *dshift, *dscale, *dgate, *dweight, *dbias;        /* [B, R, C]: one partial sum a run */
   float *down_shift, *down_scale, *down_gate;              /* [B, K, C] */
-} minidiff_fast_modulate;
+} minidiff_fast_broadcast_modulate;
 
 /* y, mean and rstd. */
-MINIDIFF_FAST_API int minidiff_fast_modulate_forward(const minidiff_fast_modulate* arguments);
+MINIDIFF_FAST_API int minidiff_fast_broadcast_modulate_forward(const minidiff_fast_broadcast_modulate* arguments);
 
 /* dx and the gradients of the parameters, from dy, x, the parameters, mean and rstd. */
-MINIDIFF_FAST_API int minidiff_fast_modulate_backward(const minidiff_fast_modulate* arguments);
+MINIDIFF_FAST_API int minidiff_fast_broadcast_modulate_backward(const minidiff_fast_broadcast_modulate* arguments);
 
 #ifdef __cplusplus
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minidiff_fast import native
-from minidiff_fast.errors import BackendUnavailable
+from minidiff_fast.errors import BackendUnavailable, NativeError
 from minidiff_fast.ops._broadcast_modulate_op import statistics_shapes
 
 NORMS = {"": 0, "layer": 1, "rms": 2, "group": 3}
@@ -33,7 +33,7 @@ _POINTERS = (
 
 
 class _Arguments(ctypes.Structure):
-    """``minidiff_fast_modulate`` of csrc/minidiff_fast.h."""
+    """``minidiff_fast_broadcast_modulate`` of csrc/minidiff_fast.h."""
 
     _fields_ = (
         ("size", ctypes.c_size_t),
@@ -135,15 +135,17 @@ def launch_backward(
         if not name.startswith("own_"):
             gradient = gradient.sum(1) if runs != 1 else gradient[:, 0]
             gradient = gradient.sum(0) if name in ("weight", "bias") else gradient
-        gradients.append(gradient.to(tensor.dtype))
+        gradients.append(gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype))
     return tuple(gradients)
 
 
 def _parameters(tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
-    """By name, as the kernels read them."""
+    """By name, as the kernels read them; absent ones are left out."""
     return {
-        name: None if tensor is None else tensor.to(torch.float32).contiguous()
+        # Asked first: the calls that would change nothing cost as much as a small kernel.
+        name: tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
         for name, tensor in zip(_PARAMETERS, tensors, strict=True)
+        if tensor is not None
     }
 
 
@@ -179,7 +181,7 @@ def _function(direction: str) -> Any:
     library = native.load()
     if library is None:
         raise BackendUnavailable(f"broadcast_modulate: {native.why_missing()}")
-    return library.function(f"minidiff_fast_modulate_{direction}", [ctypes.POINTER(_Arguments)])
+    return library.function(f"minidiff_fast_broadcast_modulate_{direction}", [ctypes.POINTER(_Arguments)])
 
 
 def _call(direction: str, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> None:
@@ -188,4 +190,4 @@ def _call(direction: str, tensors: dict[str, Tensor | None], options: dict[str, 
     arguments = _Arguments(size=ctypes.sizeof(_Arguments), **options, **addresses)
     status = _function(direction)(ctypes.byref(arguments))
     if status != 0:
-        raise RuntimeError(f"broadcast_modulate: the native {direction} kernel returned {status}, {options}")
+        raise NativeError(f"broadcast_modulate: the native {direction} kernel returned {status} ({options})")
