@@ -192,7 +192,7 @@ def operations() -> set[str]:
     """Every op: a kernel file, a native file, or a module of ops/ with a function of the same name."""
     native = stems(ROOT / "csrc" / "cpu", "*.cpp") | stems(ROOT / "csrc" / "cuda", "*.cu")
     named = {stem for stem in stems(PACKAGE / "ops", "*.py") if defines(PACKAGE / "ops" / f"{stem}.py", stem)}
-    native = {stem.removesuffix("_avx2") for stem in native}  # the same op for another instruction set
+    native = {stem.removesuffix("_avx2") for stem in native}  # the same op for processors with AVX2
     return named | stems(ROOT / "kernels", "*.py") | (native - {"build_info"})
 
 
