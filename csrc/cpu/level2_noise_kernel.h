@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/level2_noise_problem.h"
 #include "cpu/simd.h"
@@ -175,15 +176,15 @@ MINIDIFF_INLINE void fill(Batch& batch, std::uint64_t seed, int lanes) {
 
 // A sample and the number that its counters hold; walks from row to row without a division.
 struct Sample {
-  std::int64_t b, i;
+  std::int64_t b, i;  // condition, place among the samples of this call
+  std::uint64_t number;
 
-  Sample(const Problem& p, std::int64_t row) : b(row / p.samples), i(row % p.samples) {}
+  Sample(const Problem& p, std::int64_t row)
+      : b(row / p.samples), i(row % p.samples), number(static_cast<std::uint64_t>(b) * p.total + k(p)) {}
   MINIDIFF_INLINE std::int64_t k(const Problem& p) const { return p.offset + i; }
-  MINIDIFF_INLINE std::uint64_t number(const Problem& p) const {
-    return static_cast<std::uint64_t>(b) * p.total + k(p);
-  }
   MINIDIFF_INLINE void next(const Problem& p) {
-    if (++i == p.samples) ++b, i = 0;
+    ++number;
+    if (++i == p.samples) ++b, i = 0, number += static_cast<std::uint64_t>(p.total - p.samples);
   }
 };
 
@@ -210,7 +211,7 @@ class Times {
   void draw(const Problem& p, std::int64_t row, Sample sample) {
     std::int64_t k[kLanes];
     for (int i = 0; i < kLanes; ++i, sample.next(p)) {
-      const std::uint64_t number = sample.number(p);
+      const std::uint64_t number = sample.number;
       k[i] = sample.k(p);
       word_[0][i] = 0;
       word_[1][i] = static_cast<std::uint32_t>(number);
@@ -243,26 +244,43 @@ class Times {
   float signal_[kLanes], spread_[kLanes];
 };
 
-// Elements [begin, end) of one sample; normal[0] belongs to `begin`.
-template <typename Out>
-MINIDIFF_INLINE void write_elements(const Problem& p, std::int64_t row, std::int64_t b, Levels levels, bool negate,
-                                    std::int64_t begin, std::int64_t end, float* normal) {
-  const std::int64_t count = end - begin;
+// `count` elements of one sample from `begin` on; normal[0] belongs to `begin`. A count that the compiler knows leaves
+// no loop.
+template <typename Out, typename Count>
+MINIDIFF_INLINE void write_some(const Problem& p, std::int64_t row, std::int64_t b, Levels levels, bool negate,
+                                std::int64_t begin, Count count, float* normal) {
   const float* clean = p.x0 + b * p.size + begin;
-  if (negate) {
-    for (std::int64_t i = 0; i < count; ++i) normal[i] = -normal[i];
-  }
-  Out* x = static_cast<Out*>(p.x) + row * p.size + begin;
+  const std::int64_t to = row * p.size + begin;
+  const float sign = negate ? -1.0f : 1.0f;
+  for (std::int64_t i = 0; i < count; ++i) normal[i] *= sign;
+  Out* x = static_cast<Out*>(p.x) + to;
   for (std::int64_t i = 0; i < count; ++i) from_float(levels.signal * clean[i] + levels.spread * normal[i], x + i);
-  if (p.noise != nullptr) std::memcpy(p.noise + row * p.size + begin, normal, sizeof(float) * count);
+  if (p.noise != nullptr) {
+    for (std::int64_t i = 0; i < count; ++i) p.noise[to + i] = normal[i];
+  }
   if (p.target == nullptr) return;
-  float* target = p.target + row * p.size + begin;
+  float* target = p.target + to;
   if (p.schedule != nullptr) {
     for (std::int64_t i = 0; i < count; ++i) target[i] = levels.signal * normal[i] - levels.spread * clean[i];
   } else if (p.noise_at == 1) {
     for (std::int64_t i = 0; i < count; ++i) target[i] = normal[i] - clean[i];
   } else {
     for (std::int64_t i = 0; i < count; ++i) target[i] = clean[i] - normal[i];
+  }
+}
+
+template <int N>
+using Known = std::integral_constant<std::int64_t, N>;
+
+template <typename Out>
+MINIDIFF_INLINE void write_elements(const Problem& p, std::int64_t row, std::int64_t b, Levels levels, bool negate,
+                                    std::int64_t begin, std::int64_t end, float* normal) {
+  switch (end - begin) {  // one pose, one gripper: samples of a few numbers are common
+    case 1: return write_some<Out>(p, row, b, levels, negate, begin, Known<1>(), normal);
+    case 2: return write_some<Out>(p, row, b, levels, negate, begin, Known<2>(), normal);
+    case 3: return write_some<Out>(p, row, b, levels, negate, begin, Known<3>(), normal);
+    case 4: return write_some<Out>(p, row, b, levels, negate, begin, Known<4>(), normal);
+    default: return write_some<Out>(p, row, b, levels, negate, begin, end - begin, normal);
   }
 }
 
@@ -284,7 +302,7 @@ void run_rows(const Problem& p, std::int64_t first, std::int64_t last) {
     const int padded = (lanes + 7) / 8 * 8;
     for (int i = 0; i < padded; ++i) {
       const std::uint64_t odd = p.antithetic ? static_cast<std::uint64_t>(drawn.k(p) & 1) : 0;
-      const std::uint64_t source = drawn.number(p) - odd;
+      const std::uint64_t source = drawn.number - odd;
       batch.word[0][i] = static_cast<std::uint32_t>(next);
       batch.word[1][i] = static_cast<std::uint32_t>(source);
       batch.word[2][i] = static_cast<std::uint32_t>(source >> 32);

@@ -193,6 +193,7 @@ def operations() -> set[str]:
     native = stems(ROOT / "csrc" / "cpu", "*.cpp") | stems(ROOT / "csrc" / "cuda", "*.cu")
     native = {stem.removesuffix("_avx2") for stem in native}
     named = {stem for stem in stems(PACKAGE / "ops", "*.py") if defines(PACKAGE / "ops" / f"{stem}.py", stem)}
+    native = {stem.removesuffix("_avx2") for stem in native}  # the same op for processors with AVX2
     return named | stems(ROOT / "kernels", "*.py") | (native - {"build_info"})
 
 
