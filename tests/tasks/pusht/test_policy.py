@@ -7,6 +7,7 @@ import torch
 
 from minidiff_fast.level2 import Level2Batch, level2_step
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
+from minidiff_fast.objectives.imitation import DenoisingLoss
 from minidiff_fast.tasks.pusht.policy import (
     InvalidOption,
     PolicyConfig,
@@ -35,10 +36,10 @@ def make(config):
 def test_the_unet_trains_and_acts(prediction, monkeypatch):
     monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
     settings = config(prediction=prediction)
-    policy, process = make(settings), build_process(settings)
+    policy, objective = make(settings), DenoisingLoss(build_process(settings))
     obs = {"state": 512 * torch.rand(2, 2, 5)}
-    batch = Level2Batch.draw(obs, torch.rand(2, 16, 2), 60, process)  # more samples than timesteps: the table is used
-    loss = level2_step(policy, process, batch, chunk=55).loss
+    batch = Level2Batch.draw(obs, torch.rand(2, 16, 2), 60, objective)  # more samples than timesteps: the table is used
+    loss = level2_step(policy, objective, batch, chunk=55).loss
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in policy.parameters() if p.requires_grad)
     actor = PushTActor(policy.eval(), build_scheduler(settings), settings)
