@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.level2 import Level2Batch, level2_step
-from minidiff_fast.models import ConditionalUnet1D
+from minidiff_fast.models import ConditionalUnet1D, _unet_blocks, conditional_unet1d
 from minidiff_fast.ops.broadcast_modulate import BACKENDS
 from minidiff_fast.shapes import merge_samples
 
@@ -195,6 +195,24 @@ def test_local_condition(form, layout, scale):
     theirs = flat(sample, timestep, local if rows == B * k else repeated(local, k, layout), repeated(cond, k, layout))
     same(ours, flat, mine, theirs, (sample, cond, local), (sample, cond, local))
     same(ours, flat, ours(sample, timestep, None, cond), flat(sample, timestep, None, repeated(cond, k, layout)))
+
+
+@pytest.mark.parametrize("form", ["none", "per sample", "per condition"])
+def test_the_form_that_other_devices_run(monkeypatch, form):
+    """Channels first, torch's own convolutions."""
+    for module in (conditional_unet1d, _unet_blocks):
+        monkeypatch.setattr(module, "channel_axis", lambda x: 2)
+    monkeypatch.setattr(_unet_blocks, "token_conv1d", None)
+    k = 3
+    ours, flat = pair(local_cond_dim=DL, cond_predict_scale=True, layout="kb")
+    sample, timestep, cond = inputs(k)
+    local = None
+    if form != "none":
+        local = torch.randn(B * k if form == "per sample" else B, T, DL, dtype=torch.float64, requires_grad=True)
+    flat_local = repeated(local, k, "kb") if form == "per condition" else local
+    theirs = flat(sample, timestep, flat_local, repeated(cond, k, "kb"))
+    own = (sample, cond) if local is None else (sample, cond, local)
+    same(ours, flat, ours(sample, timestep, local, cond), theirs, own, own)
 
 
 def test_local_condition_without_a_global_one():
