@@ -1,4 +1,4 @@
-"""Whole training steps of the U-Net: ``python bench/step.py [--device cpu|cuda] [--cases ...] [--out DIR]``.
+"""Whole training steps of the U-Net: ``python bench/step.py [--device cpu|cuda] [--budget 9m] [--out DIR]``.
 
 One step is encode + denoise, the backward pass of a mean squared error, and AdamW. The contestants have the same
 weights, and their outputs and gradients are compared before anything is timed:
@@ -253,12 +253,22 @@ def render(key: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def seconds_of(text: str) -> float:
+    """``90``, ``90s``, ``9m`` or ``1h`` in seconds.
+
+    >>> seconds_of("9m")
+    540.0
+    """
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
+    return float(text) if unit is None else unit * float(text[:-1])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run; the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="bench/step.py", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", help=f"comma-separated, out of {', '.join(CASES)}; default: those of the device")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds; default: 540")
+    parser.add_argument("--budget", type=seconds_of, default=540.0, help="seconds, or with s, m, h; default: 9m")
     parser.add_argument("--repeats", type=int, help="timed rounds; default: 20 on cuda, 5 on the CPU")
     parser.add_argument("--out", type=Path, help="folder for step.json; default: nothing is written")
     arguments = parser.parse_args(argv)

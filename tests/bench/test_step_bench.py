@@ -49,5 +49,8 @@ def test_a_run_prints_a_table_and_writes_every_repeat(step, tmp_path, capsys):
 def test_bad_input_and_an_empty_budget(step, capsys):
     assert step.main(["--cases", "none"]) == 2
     assert "unknown none; there are: tiny" in capsys.readouterr().err
-    assert step.main(["--device", "cpu", "--budget", "0"]) == 0
-    assert "1 cells left" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        step.main(["--budget", "soon"])
+    assert [step.seconds_of(text) for text in ("90", "90s", "9m")] == [90.0, 90.0, 540.0]
+    assert step.main(["--device", "cpu", "--budget", "0s"]) == 0
+    assert "stopped at the budget of 0 s: 1 cells left" in capsys.readouterr().out
