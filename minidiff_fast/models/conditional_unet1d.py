@@ -282,7 +282,7 @@ class ConditionalUnet1D(nn.Module):
 
     def _check_cache(self, cache: ConditionModulation, sample: Tensor, local_cond: Tensor | None) -> None:
         blocks = 0 if self.global_cond_dim is None else len(self._blocks())
-        tokens = cache.local[0].shape[2 if sample.device.type == "cpu" else 3] if cache.local else None
+        tokens = cache.local[0].shape[5 - channel_axis(sample)] if cache.local else None
         checks.check_cache(cache.film, cache.local, blocks, tokens, sample, local_cond)
         if local_cond is not None:
             checks.check_local(local_cond, self.local_cond_dim, list(sample.shape[:2]), self._parameter, sample)

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.level2 import Level2Batch, level2_step
-from minidiff_fast.models import ConditionalUnet1D
+from minidiff_fast.models import ConditionalUnet1D, _unet_blocks, conditional_unet1d
+from minidiff_fast.ops.broadcast_modulate import BACKENDS
 from minidiff_fast.shapes import merge_samples
 
 DA, G, DL, T, B = 3, 7, 5, 8, 2
-BASE = dict(input_dim=DA, global_cond_dim=G, diffusion_step_embed_dim=12, down_dims=[8, 24, 16], n_groups=4)
+# The definition of broadcast_modulate, as the interpreter of its kernels is slow; they have tests of their own.
+BASE = dict(
+    impl="reference", input_dim=DA, global_cond_dim=G, diffusion_step_embed_dim=12, down_dims=[8, 24, 16], n_groups=4
+)
 
 
 class FlatBlock(nn.Module):
@@ -192,6 +197,24 @@ def test_local_condition(form, layout, scale):
     same(ours, flat, ours(sample, timestep, None, cond), flat(sample, timestep, None, repeated(cond, k, layout)))
 
 
+@pytest.mark.parametrize("form", ["none", "per sample", "per condition"])
+def test_the_form_that_other_devices_run(monkeypatch, form):
+    """Channels first, torch's own convolutions."""
+    for module in (conditional_unet1d, _unet_blocks):
+        monkeypatch.setattr(module, "channel_axis", lambda x: 2)
+    monkeypatch.setattr(_unet_blocks, "token_conv1d", None)
+    k = 3
+    ours, flat = pair(local_cond_dim=DL, cond_predict_scale=True, layout="kb")
+    sample, timestep, cond = inputs(k)
+    local = None
+    if form != "none":
+        local = torch.randn(B * k if form == "per sample" else B, T, DL, dtype=torch.float64, requires_grad=True)
+    flat_local = repeated(local, k, "kb") if form == "per condition" else local
+    theirs = flat(sample, timestep, flat_local, repeated(cond, k, "kb"))
+    own = (sample, cond) if local is None else (sample, cond, local)
+    same(ours, flat, ours(sample, timestep, local, cond), theirs, own, own)
+
+
 def test_local_condition_without_a_global_one():
     ours, flat = pair(local_cond_dim=DL, global_cond_dim=None)
     sample, timestep, _ = inputs(3)
@@ -353,12 +376,10 @@ final_conv.0.block.0.bias final_conv.0.block.1.weight final_conv.0.block.1.bias 
 def test_state_dict_keys_in_order():
     model = ConditionalUnet1D(**{**BASE, "down_dims": [8, 16], "local_cond_dim": DL})
     assert list(model.state_dict()) == KEYS.split()
-    assert list(model.state_dict()) != list(Flat(**{**BASE, "down_dims": [8, 16]}).state_dict())
 
 
 def test_strict_loading_both_ways_and_shapes():
-    options = {**BASE, "local_cond_dim": DL, "cond_predict_scale": True}
-    ours, flat = ConditionalUnet1D(**options), Flat(**options)
+    ours, flat = pair(local_cond_dim=DL, cond_predict_scale=True)
     ours.load_state_dict(flat.state_dict(), strict=True)
     flat.load_state_dict(ours.state_dict(), strict=True)
     shapes = {name: list(value.shape) for name, value in ours.state_dict().items()}
@@ -411,14 +432,46 @@ def test_autocast_on_the_cpu():
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
-def test_it_is_deterministic():
-    ours, _ = pair(torch.float32)
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_it_is_deterministic(impl):
+    ours, _ = pair(torch.float32, impl=impl)
+    why_not = backend.why_not(BACKENDS, impl, torch.device("cpu"), torch.float32)
+    if why_not is not None:
+        pytest.skip(why_not)
     sample, timestep, cond = inputs(5, torch.float32)
     runs = []
     for _ in range(2):
         out = ours(sample, timestep, global_cond=cond)
         runs.append([out, *gradients(out, cond, *ours.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def flat_vector(tensors):
+    return torch.cat([t.detach().cpu().double().flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_kernels_keep_the_error_budget(scale):
+    """Outputs, and the gradients of all parameters as one vector: some of them are zero but for rounding."""
+    device, impl = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "native")
+    why_not = backend.why_not(BACKENDS, impl, torch.device(device), torch.float32)
+    if why_not is not None:
+        pytest.skip(why_not)
+    found = {}
+    for name, dtype in (("exact", torch.float64), ("reference", torch.float32), (impl, torch.float32)):
+        model, _ = pair(torch.float32, cond_predict_scale=scale, impl="reference" if name == "exact" else name)
+        model = model.to(device, dtype)
+        sample, timestep, cond = (t.detach().to(device) for t in inputs(3, torch.float32))
+        cond = cond.to(dtype).requires_grad_()
+        out = model(sample.to(dtype), timestep, global_cond=cond)
+        torch.manual_seed(2)
+        cotangent = torch.randn(out.shape).to(out)
+        found[name] = (out, torch.autograd.grad(out, [cond, *model.parameters()], cotangent))
+    eps = torch.finfo(torch.float32).eps
+    for part in range(2):
+        true, theirs, ours = (flat_vector(found[name][part]) for name in ("exact", "reference", impl))
+        budget = (theirs - true).abs().max() + eps * true.abs().max()
+        assert (ours - true).abs().max() <= 2 * budget
 
 
 def test_optimizer_groups_hold_every_parameter_once():

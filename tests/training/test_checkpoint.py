@@ -63,9 +63,9 @@ def test_a_policy_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("obs", ["state", "keypoints"])
-@pytest.mark.parametrize("denoiser", ["mlp", "transformer"])
+@pytest.mark.parametrize("denoiser", ["mlp", "transformer", "unet"])
 def test_every_form_of_policy_can_be_stored(tmp_path: Path, obs: Any, denoiser: Any) -> None:
-    config = PolicyConfig(obs=obs, denoiser=denoiser, hidden_dim=16, n_layer=1, n_emb=16, n_head=2)
+    config = PolicyConfig(obs=obs, denoiser=denoiser, hidden_dim=16, n_layer=1, n_emb=16, n_head=2, unet_width=8)
     weights = policy(config).state_dict()
     save(tmp_path, 1, policy=config, model=weights, ema=weights)
     assert load_policy(tmp_path)[1].policy == config

@@ -1,4 +1,5 @@
-"""The low-dimensional observation encoder of Push-T policies: a residual network over all To steps at once."""
+"""The low-dimensional observation encoder of Push-T policies, a residual network over all To steps at once, and the
+U-Net over its tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from minidiff_fast.models import LowDimEncoder
+from minidiff_fast.models import ConditionalUnet1D, ConditionModulation, LowDimEncoder
 
 
 class ResidualEncoder(nn.Module):
@@ -44,3 +45,15 @@ class ResidualEncoder(nn.Module):
             hidden = hidden + block(hidden)
         tokens: Tensor = self.norm(hidden).unflatten(1, (self.n_obs_steps, self.output_dim))
         return tokens
+
+
+class ObservationUnet1D(ConditionalUnet1D):
+    """ConditionalUnet1D whose global condition is the flattened tokens of all observation steps, G = To * Dc."""
+
+    def encode(
+        self,
+        global_cond: Tensor | None = None,  # [B, To, Dc]
+        local_cond: Tensor | None = None,  # [B, T, Dl]
+    ) -> ConditionModulation:
+        """See :meth:`ConditionalUnet1D.encode`."""
+        return super().encode(None if global_cond is None else global_cond.flatten(1), local_cond)

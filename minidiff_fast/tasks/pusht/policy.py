@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minidiff_fast.nn.normalizer import MinMaxNormalizer
     from minidiff_fast.objectives.imitation import DiffusionProcess, FlowMatching
     from minidiff_fast.policy import DiffusionPolicy
+    from minidiff_fast.tasks.pusht.encoder import ObservationUnet1D
 
 ACTION_DIM = 2
 """Target position of the agent, x and y, pixels."""
@@ -52,8 +53,8 @@ class PolicyConfig:
     """Channels of an observation token that the encoder of state and keypoints makes."""
     encoder_blocks: int = 3
     """Residual blocks of that encoder; 0 hands the normalised observations to the denoiser as they are."""
-    denoiser: Literal["mlp", "transformer"] = "mlp"
-    """DiffusionMLP (quick on a CPU) or TransformerForDiffusion."""
+    denoiser: Literal["mlp", "transformer", "unet"] = "mlp"
+    """DiffusionMLP (quick on a CPU), TransformerForDiffusion or ConditionalUnet1D."""
     hidden_dim: int = 256
     """mlp: width."""
     n_blocks: int = 3
@@ -70,6 +71,10 @@ class PolicyConfig:
     """transformer: dropout of attention weights and of residual branches."""
     causal_attn: bool = True
     """transformer: an action attends to itself and to earlier ones only."""
+    unet_width: int = 64
+    """unet: channels of the first of three resolutions, a multiple of 8; the others have 2 and 4 times as many."""
+    unet_kernel: int = 5
+    """unet: actions that a convolution sees, odd."""
     prediction: Literal["epsilon", "sample", "v_prediction", "flow"] = "sample"
     """What the network predicts: the noise, the clean actions, v, or the velocity of flow matching."""
     num_train_timesteps: int = 100
@@ -98,6 +103,11 @@ class PolicyConfig:
             raise InvalidOption(
                 f"PolicyConfig: n_emb must be a multiple of n_head with at least 8 channels a head, "
                 f"got n_emb = {self.n_emb}, n_head = {self.n_head}"
+            )
+        if self.denoiser == "unet" and (self.horizon % 4 or self.unet_width % 8 or self.unet_kernel % 2 == 0):
+            raise InvalidOption(
+                f"PolicyConfig: the unet needs a horizon that is a multiple of 4, unet_width a multiple of 8 and "
+                f"unet_kernel odd, got {self.horizon}, {self.unet_width} and {self.unet_kernel}"
             )
         for name in ("p_drop_emb", "p_drop_attn"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -163,9 +173,19 @@ def _encoder(config: PolicyConfig) -> Any:
     return ResidualEncoder(entries, config.n_obs_steps, config.encoder_width, config.encoder_blocks)
 
 
-def _denoiser(config: PolicyConfig, cond_dim: int) -> DiffusionMLP | TransformerForDiffusion:
+def _denoiser(config: PolicyConfig, cond_dim: int) -> DiffusionMLP | TransformerForDiffusion | ObservationUnet1D:
     from minidiff_fast.models import DiffusionMLP, TransformerForDiffusion
+    from minidiff_fast.tasks.pusht.encoder import ObservationUnet1D
 
+    if config.denoiser == "unet":
+        return ObservationUnet1D(
+            ACTION_DIM,
+            global_cond_dim=config.n_obs_steps * cond_dim,
+            down_dims=[config.unet_width, 2 * config.unet_width, 4 * config.unet_width],
+            kernel_size=config.unet_kernel,
+            cond_predict_scale=True,
+            num_train_timesteps=config.num_train_timesteps,
+        )
     sizes = (ACTION_DIM, ACTION_DIM, config.horizon, config.n_obs_steps, cond_dim)
     if config.denoiser == "mlp":
         return DiffusionMLP(*sizes, config.hidden_dim, config.n_blocks)
