@@ -17,7 +17,7 @@ from minidiff_fast.ops.rotary import Rotary
 LOG2_E = math.log2(math.e)
 HIP = torch.version.hip is not None
 WIDEST_TURN_ON_LOAD = 64
-"""Own keys of wider heads are turned in a pass before: a tile of them, their partners, sines and cosines do not fit into
+"""Own keys of wider heads are turned in a pass before: a tile of them, of partners, sines and cosines does not fit into
 registers beside the accumulators."""
 MOST_PARTIALS = 1024
 """Programs that the pass over dq is shared by: enough for every device, few enough to sum their partials quickly."""
