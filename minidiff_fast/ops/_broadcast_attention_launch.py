@@ -16,6 +16,9 @@ from minidiff_fast.ops.rotary import Rotary
 
 LOG2_E = math.log2(math.e)
 HIP = torch.version.hip is not None
+WIDEST_TURN_ON_LOAD = 64
+"""Own keys of wider heads are turned in a pass before: a tile of them, of partners, sines and cosines does not fit into
+registers beside the accumulators."""
 MOST_PARTIALS = 1024
 """Programs that the pass over dq is shared by: enough for every device, few enough to sum their partials quickly."""
 
@@ -66,8 +69,13 @@ def choose_config(
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
         largest_m, largest_n = (64 if forward and not dropout else 32), 32
+    # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
+    largest_p = largest_n
+    if own_rope:
+        largest_p = 16 if hip and kernel == "dq" else max(16, largest_n // 2)
+        largest_n = largest_p if kernel == "dkdv" else largest_n
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
-    block_p = _tile(own_span, largest_n)
+    block_p = _tile(own_span, largest_p)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
@@ -99,9 +107,13 @@ class _Problem:
         return None if self.transform.rope is None else _recipe(self.transform.rope.rotary)
 
     @property
+    def turns_own(self) -> bool:
+        return self.transform.rope is not None and self.transform.rope.own_positions is not None
+
+    @property
     def own_rope(self) -> tuple[object, ...] | None:
-        rope = self.transform.rope
-        return None if rope is None or rope.own_positions is None else _recipe(rope.rotary)
+        """The recipe for own keys that are turned when they are loaded."""
+        return self.rope if self.turns_own and self.block_d <= WIDEST_TURN_ON_LOAD else None
 
     @property
     def norm(self) -> tuple[object, ...] | None:
@@ -137,7 +149,8 @@ class _Problem:
         """Own keys that a tile of ``block_m`` rows can touch: its samples, one more for a ragged start."""
         return min(self.samples, (block_m - 1) // (self.tokens * self.group) + 2) * self.own
 
-    def config(self, kernel: str, q: Tensor, keys: int) -> LaunchConfig:
+    def config(self, kernel: str, q: Tensor, keys: int, *, own: bool = True) -> LaunchConfig:
+        """The configuration of a launch that reads own keys too (``own``; dkdv: of a launch that reads no others)."""
         return choose_config(
             kernel,
             self.rows,
@@ -148,7 +161,7 @@ class _Problem:
             dropout=self.dropout_p > 0.0,
             hip=HIP,
             transform=kernel == "forward" and (self.rope or self.norm) is not None,
-            own_rope=self.own_rope is not None,
+            own_rope=own and self.own_rope is not None,
         )
 
     def shared_keys(self, packed: bool) -> int:
@@ -255,9 +268,9 @@ def launch_forward(
     weight, bias = _norm_parameters(problem.transform)
     config = problem.config("forward", q, problem.shared_keys(cu_seqlens is not None))
     row_blocks = -(-problem.rows // config.block_m)
-    own_key, own_key_strides = _own_or(own_k, k)
-    own_value, own_value_strides = _own_or(own_v, v)
     with torch.cuda.device_of(q):
+        own_key, own_key_strides = _own_or(_turned_before(problem, own_k), k)
+        own_value, own_value_strides = _own_or(own_v, v)
         kernels._broadcast_attention_fwd_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
             q, k, v, own_key, own_value, *(_pointer(x, q) for x in (lengths, cu_seqlens, mask, seed)),
             *(_pointer(x, q) for x in (q_positions, own_positions, weight, bias)), problem.norm_eps,
@@ -307,25 +320,25 @@ def launch_backward(
         with torch.cuda.device_of(q):
             delta = _launch_delta(problem, out, dout, dlse.contiguous())
             statistics = (dout, lse, lse_correction, delta)
-            ready = q
+            ready, own_ready = q, _turned_before(problem, own_k)
             if problem.rope is not None or problem.norm is not None:
                 ready = dq if need_q else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-                _launch_transform(problem, q, ready)
+                _launch_transform(problem, q, ready, own=False)
             if need_shared and k.numel() > 0:
                 _launch_dkdv(
                     problem, ready, k, v, lengths, cu_seqlens, mask, seed, *statistics, dk, dv, own=False,
                     own_causal=False,
                 )  # fmt: skip
-            if need_own and own_k is not None and own_v is not None and own_k.numel() > 0:
+            if need_own and own_ready is not None and own_v is not None and own_ready.numel() > 0:
                 _launch_dkdv(
-                    problem, ready, own_k, own_v, None, None, None, seed, *statistics, down_k, down_v, own=True,
+                    problem, ready, own_ready, own_v, None, None, None, seed, *statistics, down_k, down_v, own=True,
                     own_causal=own_causal,
                 )  # fmt: skip
-                if problem.own_rope is not None:
-                    _launch_transform_backward(problem, own_k, down_k, own=True)
+                if problem.turns_own:
+                    _launch_transform_backward(problem, down_k, down_k, own=True)
             if need_q:  # last: it writes over the transformed queries
                 _launch_dq(
-                    problem, ready, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed, *statistics, dq, own_causal
+                    problem, ready, k, v, own_ready, own_v, lengths, cu_seqlens, mask, seed, *statistics, dq, own_causal
                 )
                 if ready is dq:
                     dnorm = _launch_transform_backward(problem, q, dq, own=False)
@@ -368,15 +381,24 @@ def _transform_flags(problem: _Problem, x: Tensor, tiles: _TransformTiles, *, ow
     }
 
 
-def _launch_transform(problem: _Problem, q: Tensor, ready: Tensor) -> None:
-    """The transformed queries, as the forward rounds them."""
-    tiles = _transform_tiles(problem, q)
+def _launch_transform(problem: _Problem, x: Tensor, ready: Tensor, *, own: bool) -> None:
+    """Queries (or own keys) transformed and rounded as the forward does it."""
+    tiles = _transform_tiles(problem, x)
     weight, bias = _norm_parameters(problem.transform)
     kernels._broadcast_attention_transform_kernel[(tiles.blocks,)](
-        q, _pointer(_positions(problem.transform)[0], q), _pointer(weight, q), _pointer(bias, q), ready,
-        *q.stride(), problem.samples, problem.tokens, tiles.rows, problem.norm_eps,
-        **_transform_flags(problem, q, tiles, own=False),
+        x, _pointer(_positions(problem.transform)[own], x), _pointer(weight, x), _pointer(bias, x), ready,
+        *x.stride(), x.shape[1], x.shape[2], tiles.rows, problem.norm_eps,
+        **_transform_flags(problem, x, tiles, own=own),
     )  # fmt: skip
+
+
+def _turned_before(problem: _Problem, own_k: Tensor | None) -> Tensor | None:
+    """Own keys as the kernels take them: as they came, or turned where the kernels do not do so themselves."""
+    if own_k is None or not problem.turns_own or problem.own_rope is not None or own_k.numel() == 0:
+        return own_k
+    turned = torch.empty(own_k.shape, dtype=own_k.dtype, device=own_k.device)
+    _launch_transform(problem, own_k, turned, own=True)
+    return turned
 
 
 def _launch_transform_backward(problem: _Problem, x: Tensor, gradient: Tensor, *, own: bool) -> tuple[Tensor, Tensor]:
@@ -439,7 +461,7 @@ def _launch_dkdv(
 ) -> None:  # fmt: skip
     key_count = problem.samples * problem.own if own else problem.shared
     packed = cu_seqlens is not None
-    config = problem.config("dkdv", q, problem.shared_keys(True) if packed else key_count)
+    config = problem.config("dkdv", q, problem.shared_keys(True) if packed else key_count, own=own)
     key_blocks = key_count // config.block_n + problem.batch if packed else -(-key_count // config.block_n)
     # One signature for both segments: shared keys have no sample axis.
     key_strides, value_strides = (
