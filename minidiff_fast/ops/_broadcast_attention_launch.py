@@ -69,16 +69,24 @@ def choose_config(
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
         largest_m, largest_n = (64 if forward and not dropout else 32), 32
+    if transform and element_size == 4 and block_d > 64:
+        largest_n = 16
+    wide_on_hip = hip and kernel == "dq" and block_d > 128
+    if wide_on_hip:
+        largest_n = 16
     # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
     largest_p = largest_n
-    if own_rope:
-        largest_p = 16 if hip and kernel == "dq" else max(16, largest_n // 2)
-        largest_n = largest_p if kernel == "dkdv" else largest_n
+    if own_rope and kernel == "dkdv":
+        largest_n = max(16, largest_n // 2)
+    elif own_rope:
+        largest_p = 16
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
     block_p = _tile(own_span, largest_p)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
+    if wide_on_hip and element_size == 4:
+        num_warps = 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and dropout)
     num_stages = 1 if unpipelined else 2
