@@ -182,6 +182,22 @@ class ProjectedAttention(nn.MultiheadAttention):
         came = "None" if positions is None else str(list(positions.shape))
         raise InvalidArgument(f"{type(self).__name__}: {argument} do not fit: {reason}, got {came}")
 
+    def _one_layer(self, cache: LayerCache | tuple[Tensor, Tensor]) -> LayerCache:
+        """What one layer reads, checked against the module's heads."""
+        if not isinstance(cache, tuple) or len(cache) not in (2, len(LayerCache._fields)):
+            raise InvalidArgument(
+                f"{type(self).__name__}: cache must be that of one layer, ConditionCache[layer] or (k, v), "
+                f"got {type(cache).__name__}"
+            )
+        layer = LayerCache(*cache)
+        heads: list[int | str] = [self.num_kv_heads, self.head_dim]
+        if layer.cu_seqlens is None:
+            self._check_tokens("cache keys", layer.k, ["B", "S", *heads], "[B, S, Hkv, D]")
+        else:
+            self._check_tokens("cache keys", layer.k, ["N", *heads], "[N, Hkv, D]")
+        self._check_tokens("cache values", layer.v, list(layer.k.shape), "the shape of the keys")
+        return layer
+
     def _check_tokens(
         self, argument: str, x: Tensor, expected: list[int | str], letters: str, **others: Tensor
     ) -> None:

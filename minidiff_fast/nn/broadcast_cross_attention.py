@@ -177,8 +177,7 @@ class BroadcastCrossAttention(ProjectedAttention):
                 raise InvalidArgument(
                     f"{NAME}: cache takes the place of key, value and key_positions; give one or the other"
                 )
-            layer = LayerCache(*cache)
-            self._check_cache(layer)
+            layer = self._one_layer(cache)
             if lengths is not None and (layer.lengths is not None or layer.cu_seqlens is not None):
                 raise InvalidArgument(f"{NAME}: lengths came beside a cache that knows its own")
             return layer if lengths is None else layer._replace(lengths=lengths)
@@ -240,14 +239,6 @@ class BroadcastCrossAttention(ProjectedAttention):
             raise InvalidArgument(
                 f"{NAME}: query must be {letters} or [B, K, T, E] with E = {self.embed_dim}, got {list(query.shape)}"
             )
-
-    def _check_cache(self, layer: LayerCache) -> None:
-        heads: list[int | str] = [self.num_kv_heads, self.head_dim]
-        if layer.cu_seqlens is None:
-            self._check_tokens("cache keys", layer.k, ["B", "S", *heads], "[B, S, Hkv, D]")
-        else:
-            self._check_tokens("cache keys", layer.k, ["N", *heads], "[N, Hkv, D]")
-        self._check_tokens("cache values", layer.v, list(layer.k.shape), "the shape of the keys")
 
     def _check_mask(self, argument: str, mask: Tensor, shape: list[int | str], letters: str, meaning: str) -> None:
         self._check_tokens(argument, mask, shape, letters)

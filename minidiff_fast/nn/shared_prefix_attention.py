@@ -138,7 +138,7 @@ class SharedPrefixAttention(ProjectedAttention):
         ``cache`` is ``ConditionCache[layer]`` or (k, v) of :meth:`encode` or :meth:`project_condition`; the scene may
         be padded or packed.
         """
-        layer = LayerCache(*cache)
+        layer = self._one_layer(cache)
         self._check_tokens("own", own, [layer.batch, "K", "P", self.embed_dim], "[B, K, P, C]", k=layer.k)
         own_k, own_v = self._heads_of(own, own)
         own_k = self._normed_keys(own_k)

@@ -16,6 +16,9 @@ from minidiff_fast.ops.rotary import Rotary
 
 LOG2_E = math.log2(math.e)
 HIP = torch.version.hip is not None
+WIDEST_TURN_ON_LOAD = 64
+"""Own keys of wider heads are turned in a pass before: a tile of them, of partners, sines and cosines does not fit into
+registers beside the accumulators."""
 MOST_PARTIALS = 1024
 """Programs that the pass over dq is shared by: enough for every device, few enough to sum their partials quickly."""
 
@@ -66,16 +69,21 @@ def choose_config(
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
         largest_m, largest_n = (64 if forward and not dropout else 32), 32
+    if transform and element_size == 4 and block_d > 64:
+        largest_n = 16
     # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
     largest_p = largest_n
-    if own_rope:
-        largest_p = max(16, largest_n // 2)
-        largest_n = largest_p if kernel == "dkdv" else largest_n
+    if own_rope and kernel == "dkdv":
+        largest_n = max(16, largest_n // 2)
+    elif own_rope:
+        largest_p = 16
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
     block_p = _tile(own_span, largest_p)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
-    crowded = element_size != 4 and (crowded or block_m * block_d >= 64 * 128)
+    crowded = crowded or block_m * block_d >= 64 * 128
+    if element_size == 4:
+        crowded = kernel == "dq" and block_d == 64
     # ROCm: a wave has 64 lanes, and four of them may use 512 registers a lane, eight only 256.
     num_warps = 8 if crowded and not hip else 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.
@@ -106,9 +114,13 @@ class _Problem:
         return None if self.transform.rope is None else _recipe(self.transform.rope.rotary)
 
     @property
+    def turns_own(self) -> bool:
+        return self.transform.rope is not None and self.transform.rope.own_positions is not None
+
+    @property
     def own_rope(self) -> tuple[object, ...] | None:
-        rope = self.transform.rope
-        return None if rope is None or rope.own_positions is None else _recipe(rope.rotary)
+        """The recipe for own keys that are turned when they are loaded."""
+        return self.rope if self.turns_own and self.block_d <= WIDEST_TURN_ON_LOAD else None
 
     @property
     def norm(self) -> tuple[object, ...] | None:
@@ -263,9 +275,9 @@ def launch_forward(
     weight, bias = _norm_parameters(problem.transform)
     config = problem.config("forward", q, problem.shared_keys(cu_seqlens is not None))
     row_blocks = -(-problem.rows // config.block_m)
-    own_key, own_key_strides = _own_or(own_k, k)
-    own_value, own_value_strides = _own_or(own_v, v)
     with torch.cuda.device_of(q):
+        own_key, own_key_strides = _own_or(_turned_before(problem, own_k), k)
+        own_value, own_value_strides = _own_or(own_v, v)
         kernels._broadcast_attention_fwd_kernel[(row_blocks * problem.kv_heads * problem.batch,)](
             q, k, v, own_key, own_value, *(_pointer(x, q) for x in (lengths, cu_seqlens, mask, seed)),
             *(_pointer(x, q) for x in (q_positions, own_positions, weight, bias)), problem.norm_eps,
@@ -315,25 +327,25 @@ def launch_backward(
         with torch.cuda.device_of(q):
             delta = _launch_delta(problem, out, dout, dlse.contiguous())
             statistics = (dout, lse, lse_correction, delta)
-            ready = q
+            ready, own_ready = q, _turned_before(problem, own_k)
             if problem.rope is not None or problem.norm is not None:
                 ready = dq if need_q else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-                _launch_transform(problem, q, ready)
+                _launch_transform(problem, q, ready, own=False)
             if need_shared and k.numel() > 0:
                 _launch_dkdv(
                     problem, ready, k, v, lengths, cu_seqlens, mask, seed, *statistics, dk, dv, own=False,
                     own_causal=False,
                 )  # fmt: skip
-            if need_own and own_k is not None and own_v is not None and own_k.numel() > 0:
+            if need_own and own_ready is not None and own_v is not None and own_ready.numel() > 0:
                 _launch_dkdv(
-                    problem, ready, own_k, own_v, None, None, None, seed, *statistics, down_k, down_v, own=True,
+                    problem, ready, own_ready, own_v, None, None, None, seed, *statistics, down_k, down_v, own=True,
                     own_causal=own_causal,
                 )  # fmt: skip
-                if problem.own_rope is not None:
-                    _launch_transform_backward(problem, own_k, down_k, own=True)
+                if problem.turns_own:
+                    _launch_transform_backward(problem, down_k, down_k, own=True)
             if need_q:  # last: it writes over the transformed queries
                 _launch_dq(
-                    problem, ready, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed, *statistics, dq, own_causal
+                    problem, ready, k, v, own_ready, own_v, lengths, cu_seqlens, mask, seed, *statistics, dq, own_causal
                 )
                 if ready is dq:
                     dnorm = _launch_transform_backward(problem, q, dq, own=False)
@@ -376,15 +388,24 @@ def _transform_flags(problem: _Problem, x: Tensor, tiles: _TransformTiles, *, ow
     }
 
 
-def _launch_transform(problem: _Problem, q: Tensor, ready: Tensor) -> None:
-    """The transformed queries, as the forward rounds them."""
-    tiles = _transform_tiles(problem, q)
+def _launch_transform(problem: _Problem, x: Tensor, ready: Tensor, *, own: bool) -> None:
+    """Queries (or own keys) transformed and rounded as the forward does it."""
+    tiles = _transform_tiles(problem, x)
     weight, bias = _norm_parameters(problem.transform)
     kernels._broadcast_attention_transform_kernel[(tiles.blocks,)](
-        q, _pointer(_positions(problem.transform)[0], q), _pointer(weight, q), _pointer(bias, q), ready,
-        *q.stride(), problem.samples, problem.tokens, tiles.rows, problem.norm_eps,
-        **_transform_flags(problem, q, tiles, own=False),
+        x, _pointer(_positions(problem.transform)[own], x), _pointer(weight, x), _pointer(bias, x), ready,
+        *x.stride(), x.shape[1], x.shape[2], tiles.rows, problem.norm_eps,
+        **_transform_flags(problem, x, tiles, own=own),
     )  # fmt: skip
+
+
+def _turned_before(problem: _Problem, own_k: Tensor | None) -> Tensor | None:
+    """Own keys as the kernels take them: as they came, or turned where the kernels do not do so themselves."""
+    if own_k is None or not problem.turns_own or problem.own_rope is not None or own_k.numel() == 0:
+        return own_k
+    turned = torch.empty(own_k.shape, dtype=own_k.dtype, device=own_k.device)
+    _launch_transform(problem, own_k, turned, own=True)
+    return turned
 
 
 def _launch_transform_backward(problem: _Problem, x: Tensor, gradient: Tensor, *, own: bool) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.level2 import Level2Batch, level2_step
 from minidiff_fast.models import TransformerForDiffusion
+from minidiff_fast.nn import ConditionCache
+from minidiff_fast.objectives import DenoisingLoss, DiffusionProcess
 
 DA, OUT, HORIZON, TO, DC = 3, 5, 7, 4, 6
 BASE = dict(input_dim=DA, output_dim=OUT, horizon=HORIZON, n_obs_steps=TO, n_layer=2, n_head=2, n_emb=24)
@@ -456,3 +459,25 @@ def test_denoise_refuses_foreign_memory():
         ours.denoise(make_pair("mixing")[0].encode(cond), sample, timestep)
     with pytest.raises(InvalidArgument, match=r"timestep must be \[B, K\] = \[3, 4\], got \[12\]"):
         ours.denoise(ours.encode(cond), sample, timestep.flatten())
+    memory = ours.encode(cond)
+    ragged = ConditionCache(memory.keys, memory.values, lengths=torch.tensor([4, 2, 1]))
+    with pytest.raises(InvalidArgument, match=r"equally many tokens a condition, got ConditionCache\(.*with: lengths"):
+        ours.denoise(ragged, sample, timestep)
+
+
+@pytest.mark.parametrize("form", ["causal", "mixing"])
+def test_chunks_gather_the_gradient_of_the_memory(form):
+    """The Level-2 step over the model itself: any chunk gives the gradient of all samples at once."""
+    objective = DenoisingLoss(DiffusionProcess(torch.linspace(0.99, 0.01, 10)))
+    torch.manual_seed(0)
+    cond, actions = torch.randn(3, TO, DC, dtype=torch.float64), torch.randn(3, HORIZON, DA, dtype=torch.float64)
+    batch = Level2Batch.draw(cond, actions, 5, objective)
+    gradients = []
+    for chunk in (None, 2):
+        torch.manual_seed(0)
+        sizes = {**BASE, "output_dim": DA}
+        model = TransformerForDiffusion(**sizes, **EVERY[form], impl="reference", unshared="repeat").double().eval()
+        level2_step(model, objective, batch, chunk=chunk)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-12)

@@ -477,6 +477,7 @@ KV = (sized(B, S, H, 12), sized(B, S, H, 12))
         ((Q,), dict(cache=LayerCache(*KV, lengths=sized(3).int()), lengths=sized(3).int()), "lengths came beside a cache that knows its own"),
         ((Q,), dict(cache=LayerCache(KV[0][0], KV[1][0], cu_seqlens=sized(4).int()), attn_mask=sized(4, 5).bool()), "packed conditions (cu_seqlens) take no mask"),
         ((Q, M), dict(query_positions=sized(6, T, 3)), "query_positions do not fit: this module has no rotary, got [6, 4, 3]"),
+        ((Q,), dict(cache=ConditionCache.of([KV])), "cache must be that of one layer, ConditionCache[layer] or (k, v), got ConditionCache"),
         ((Q[0], M), {}, "query [T, E] without a batch axis takes key [S, kdim] and value [S, vdim] alone, got [3, 5, 24]"),
         ((Q[0],), dict(cache=KV), "alone, got a cache"),
     ],

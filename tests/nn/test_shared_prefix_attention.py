@@ -310,6 +310,7 @@ def sized(*shape):
         (lambda m: m(sized(2, 5, C), sized(3, 4, 3, C)), "own must be [B, K, P, C] = [2, K, P, 24], got [3, 4, 3, 24]"),
         (lambda m: m(sized(2, 5, C), sized(2, 4, 3, C), own_positions=sized(2, 4, 3, 3)), "own positions do not fit: this module has no rotary"),
         (lambda m: m(sized(2, 5, C), sized(2, 4, 3, C), lengths=sized(3).int()), "lengths must be [B] = [2], got [3]"),
+        (lambda m: m.denoise(sized(2, 4, 3, C), (sized(2, 5, 1, 12),) * 2), "cache keys must be [B, S, Hkv, D] = [B, S, 2, 12], got [2, 5, 1, 12]"),
         (lambda m: m.project_condition(sized(2, 5, 23)), "memory must be [B, S, C] or packed [N, C] with C = 24"),
         (lambda m: SharedPrefixAttention(C, 5), "SharedPrefixAttention: embed_dim must be a multiple of num_heads = 5, got 24"),
         (lambda m: module_of("3d", torch.float32)(sized(2, 5, C), sized(2, 4, 3, C)), "positions do not fit: this module has a rotary and needs them, got None"),
