@@ -1,26 +1,24 @@
-"""The suite of ``minidiff_fast.ops.broadcast_attention``: cells, one cell's measurement, its printed rows."""
+"""The suite of ``minidiff_fast.ops.broadcast_attention``: its cells, and what they are made of."""
 
 from __future__ import annotations
 
-import gc
-import statistics
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import harness
 import torch
-from cases import CASES, AttentionCase, Inputs, make_inputs, work
-from peers import Peer, Run, contestants, resolved_implementation
-from timing import PASSES, Ceilings, Clock, first_line, interleaved, measure_ceilings, memory_of, tf32
-from verify import Truth, refusal, truth_of, verify
+from cases import CASES, AttentionCase, Inputs, Pass, Work, make_inputs, work
+from harness import DTYPES, INPUT_SETS, Settings, context_lost, ours_failed
+from peers import OP, Peer, contestants
+from verify import Truth, truth_of
+
+__all__ = [
+    "DTYPES", "NAME", "Bench", "Cell", "Settings", "case_names", "context_lost", "ours_failed", "peer_names", "plan",
+    "render", "select_peers",
+]  # fmt: skip
 
 NAME = "attention"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-"""``tf32`` is float32 storage with TF32 products allowed, in every contestant."""
-EPS = {"bf16": 2.0**-7, "fp32": 2.0**-23, "tf32": 2.0**-10}
-"""Machine epsilon of the arithmetic, for the error budget; tf32 has 10 bits, whatever the storage."""
-INPUT_SETS = 3
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,6 @@ class Cell:
         return f"{self.case.name}/K={self.K}/{self.dtype}"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a cell is measured."""
-
-    device: torch.device
-    peers: tuple[str, ...]
-    repeats: int
-    warmup: int
-    seconds: float
-    """Soft limit of one cell's timed rounds; three rounds are always run."""
-
-
 def case_names() -> list[str]:
     """Every case of the table."""
     return list(CASES["full"])
@@ -60,22 +46,8 @@ def peer_names(device: torch.device) -> list[str]:
 
 
 def select_peers(names: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
-    """Contestants by name or family, and the names that mean nothing here. None: everyone.
-
-    ``ours`` is the automatic choice alone; ``fold`` on a GPU is every backend of it.
-    """
-    everyone = contestants(device)
-    if names is None:
-        return [peer.name for peer in everyone], []
-    chosen: list[str] = []
-    unknown: list[str] = []
-    for name in names:
-        exact = [peer.name for peer in everyone if peer.name == name]
-        found = exact or [peer.name for peer in everyone if peer.family == name]
-        chosen += [peer for peer in found if peer not in chosen]
-        if not found:
-            unknown.append(name)
-    return chosen, unknown
+    """See :func:`harness.select_peers`."""
+    return harness.select_peers(names, contestants(device))
 
 
 def plan(scale: str, cases: Iterable[str], dtypes: Iterable[str]) -> list[Cell]:
@@ -88,141 +60,27 @@ def plan(scale: str, cases: Iterable[str], dtypes: Iterable[str]) -> list[Cell]:
     return cells
 
 
-class Bench:
-    """Measures cells on one device; a dtype's ceilings are the best so far in this run."""
+class Bench(harness.Bench):
+    """Measures attention cells."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.clock = Clock(settings.device)
-        self.ceilings: dict[str, Ceilings] = {}
+    op = OP
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Everything about one cell, ready for JSON."""
-        started = time.perf_counter()
-        with tf32(cell.dtype == "tf32"):
-            measured = measure_ceilings(self.settings.device, DTYPES[cell.dtype])
-            self.ceilings[cell.dtype] = measured.best(self.ceilings.get(cell.dtype))
-            result = self._measure(cell)
-        gc.collect()
-        if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()
-        result["seconds"] = time.perf_counter() - started
-        return result
+    def contestants(self) -> list[Peer]:
+        return contestants(self.settings.device)
 
-    def _measure(self, cell: Cell) -> dict[str, Any]:
-        settings, case, dtype = self.settings, cell.case, DTYPES[cell.dtype]
-        inputs = make_inputs(case, cell.K, dtype, settings.device, sets=INPUT_SETS)
-        truth = truth_of(inputs[0], EPS[cell.dtype])
-        records: dict[str, dict[str, Any]] = {}
-        runs: dict[str, Run] = {}
-        for peer in contestants(settings.device):
-            if peer.name in settings.peers:
-                record, run = self._admit(peer, case, dtype, inputs[0], truth)
-                records[peer.name] = record
-                if run is not None:
-                    runs[peer.name] = run
-        del truth
-        times, errors = interleaved(
-            runs, inputs, self.clock,
-            repeats=settings.repeats, warmup=settings.warmup, seconds=settings.seconds,
-        )  # fmt: skip
-        for name, passes in times.items():
-            records[name] |= {f"{which}_ms": passes[which] for which in PASSES}
-        for name, error in errors.items():
-            records[name] |= {"status": "error", "reason": error}
-        works = {which: work(case, cell.K, inputs[0], which) for which in PASSES}
-        ceilings = self.ceilings[cell.dtype]
-        lengths = inputs[0].lengths
-        return {
-            "case": asdict(case),
-            "K": cell.K,
-            "dtype": cell.dtype,
-            "lengths": None if lengths is None else lengths.tolist(),
-            "input_bytes": sum(t.numel() * t.element_size() for t in inputs[0].tensors),
-            "work": {which: asdict(w) for which, w in works.items()},
-            "ceilings": asdict(ceilings),
-            "floor_ms": {which: ceilings.floor_ms(w) for which, w in works.items()},
-            "contestants": records,
-        }
+    def inputs(self, cell: Cell, dtype: torch.dtype) -> list[Inputs]:
+        return make_inputs(cell.case, cell.K, dtype, self.settings.device, sets=INPUT_SETS)
 
-    def _admit(
-        self, peer: Peer, case: AttentionCase, dtype: torch.dtype, inputs: Inputs, truth: Truth
-    ) -> tuple[dict[str, Any], Run | None]:
-        """Verify one contestant and weigh its memory; no run comes back unless it may be timed."""
-        device = self.settings.device
-        record: dict[str, Any] = {"what": peer.what, "ours": peer.ours, "implementation": None}
-        reason = peer.supports(case, device, dtype) or self._duplicate(peer, device, dtype)
-        if reason is not None:
-            return record | {"status": "unsupported", "reason": reason}, None
-        record["implementation"] = peer.implementation(device, dtype)
-        try:
-            run = peer.prepare(case, inputs)
-            checks = verify(run, inputs, truth)
-            record["verify"] = {name: asdict(check) for name, check in checks.items()}
-            refused = refusal(checks)
-            if refused is not None:
-                return record | {"status": "refused", "reason": refused}, None
-            record["memory"] = asdict(memory_of(run, inputs))
-        except Exception as error:  # a peer that cannot run is a row of the table, not the end of the run
-            return record | {"status": "error", "reason": first_line(error)}, None
-        return record | {"status": "ok", "reason": None}, run
+    def truth(self, inputs: Inputs, eps: float) -> Truth:
+        return truth_of(inputs, eps)
 
-    def _duplicate(self, peer: Peer, device: torch.device, dtype: torch.dtype) -> str | None:
-        """``ours-x`` is not timed beside an ``ours`` that is x."""
-        if not peer.ours or peer.name == "ours" or "ours" not in self.settings.peers:
-            return None
-        automatic = resolved_implementation(None, device, dtype)
-        return f"the same run as ours, which is {automatic}" if peer.name == f"ours-{automatic}" else None
+    def work(self, cell: Cell, inputs: Inputs, which: Pass) -> Work:
+        return work(cell.case, cell.K, inputs, which)
 
-
-def ours_failed(result: dict[str, Any]) -> list[str]:
-    """The contestants of ours that ran and were refused or broke."""
-    return [
-        name
-        for name, record in result["contestants"].items()
-        if record["ours"] and record["status"] in ("refused", "error")
-    ]
-
-
-def context_lost(result: dict[str, Any]) -> str | None:
-    """The message after which nothing more can run on this device in this process."""
-    for name, record in result["contestants"].items():
-        if record["status"] == "error" and "CUDA error" in (record["reason"] or ""):
-            return f"{name}: {record['reason']}"
-    return None
-
-
-HEADER = (
-    f"  {'contestant':<17}{'runs as':<15}{'fwd ms':>10}{'fwd+bwd ms':>12}{'min':>10}{'max':>10}"
-    f"{'vs ours':>9}{'saved MB':>10}{'peak MB':>10}{'of floor':>10}"
-)
+    def facts(self, inputs: Inputs) -> dict[str, Any]:
+        return {"lengths": None if inputs.lengths is None else inputs.lengths.tolist()}
 
 
 def render(key: str, result: dict[str, Any]) -> str:
-    """The printed rows of one cell; ``vs ours`` is the contestant's fwd+bwd median over that of ours."""
-    case = result["case"]
-    shape = " ".join(f"{letter}={case[letter]}" for letter in ("B", "T", "S", "P", "H", "Hkv", "D"))
-    lines = [f"{key}  [{shape}]" + (f"  ({case['note']})" if case["note"] else ""), HEADER]
-    ours = result["contestants"].get("ours", {})
-    base = statistics.median(ours["train_ms"]) if ours.get("train_ms") else None
-    sitting_out: dict[str, list[str]] = {}
-    for name, record in result["contestants"].items():
-        implementation = record["implementation"] or "-"
-        if record["status"] == "unsupported":
-            sitting_out.setdefault(record["reason"], []).append(name)
-            continue
-        if record["status"] != "ok":
-            lines.append(f"  {name:<17}{implementation:<15}{record['status']}: {record['reason']}")
-            continue
-        train, forward = record["train_ms"], record["forward_ms"]
-        median = statistics.median(train)
-        memory = record["memory"]
-        ratio, saved = f"{median / base:.2f}" if base else "-", f"{memory['saved'] / 1e6:.2f}"
-        peak = "-" if memory["peak"] is None else f"{memory['peak'] / 1e6:.1f}"
-        floor = f"{100 * result['floor_ms']['train'] / median:.1f} %"
-        lines.append(
-            f"  {name:<17}{implementation:<15}{statistics.median(forward):>10.3f}{median:>12.3f}"
-            f"{min(train):>10.3f}{max(train):>10.3f}{ratio:>9}{saved:>10}{peak:>10}{floor:>10}"
-        )
-    lines += [f"  not run: {', '.join(names)}: {reason}" for reason, names in sitting_out.items()]
-    return "\n".join(lines)
+    """See :func:`harness.rendered`."""
+    return harness.rendered(key, result, ("B", "T", "S", "P", "H", "Hkv", "D"))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
 from cases import AttentionCase, Inputs
@@ -36,16 +37,16 @@ SDPA_BACKENDS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant."""
+    """One contestant, of any suite."""
 
     name: str
     family: str
     """What ``--peers`` may name to select it together with its siblings."""
     what: str
     """One line for the JSON."""
-    supports: Callable[[AttentionCase, torch.device, torch.dtype], Reason]
+    supports: Callable[[Any, torch.device, torch.dtype], Reason]
     """None, or why it sits this cell out."""
-    prepare: Callable[[AttentionCase, Inputs], Run]
+    prepare: Callable[[Any, Any], Run]
     implementation: Callable[[torch.device, torch.dtype], str]
     """What the name resolves to on this device, for the table."""
     ours: bool = False
@@ -306,27 +307,13 @@ def prepare_flex(case: AttentionCase, inputs: Inputs, *, compiled: bool = True) 
 
 
 def resolved_implementation(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that ``impl`` runs as; raises what the library raises when it cannot run."""
-    import minidiff_fast.ops  # noqa: F401  (registers the op)
-    from minidiff_fast.backend import REGISTRY, resolve
-
-    return resolve(REGISTRY[OP], impl, device, dtype)
+    """The implementation of attention that ``impl`` runs as."""
+    return harness.resolved_implementation(OP, impl, device, dtype)
 
 
 def why_not_ours(impl: str | None, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Reason:
-    """Why ``impl`` gets no number: it cannot run here, or a time of it would mean nothing."""
-    from minidiff_fast.backend import triton_interpreted
-    from minidiff_fast.errors import MinidiffFastError
-
-    if triton_interpreted() and impl == "triton":
-        return "TRITON_INTERPRET is set: the interpreter's time is meaningless"
-    try:
-        resolved = resolved_implementation(impl, device, dtype)
-    except MinidiffFastError as error:
-        return str(error)
-    if triton_interpreted() and resolved == "triton":
-        return "resolves to triton, and TRITON_INTERPRET is set: the interpreter's time is meaningless"
-    return None
+    """See :func:`harness.why_not_ours`."""
+    return harness.why_not_ours(OP, impl, device, dtype)
 
 
 def _prepare_ours(impl: str | None, case: AttentionCase, inputs: Inputs) -> Run:

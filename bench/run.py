@@ -1,4 +1,4 @@
-"""Run a suite: ``python bench/run.py attention [--device cpu|cuda] [--cases a,b] [--budget 9m] [--out DIR]``.
+"""Run a suite: ``python bench/run.py attention|modulate [--device cpu|cuda] [--cases a,b] [--budget 9m] [--out DIR]``.
 
 Prints one table per cell and keeps DIR/<suite>.json up to date after every cell. Run again with the same
 DIR to go on where a budget ended. Exit code 0: done, or stopped at the budget; 1: a contestant of ours was
@@ -27,7 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-SUITES = {"attention": "broadcast_attention"}
+SUITES = {"attention": "broadcast_attention", "modulate": "broadcast_modulate"}
 """Suite -> module of this folder with ``NAME, DTYPES, Settings, Bench, plan, render, ...``."""
 IDENTITY = (
     "suite", "schema", "device", "scale", "peers", "repeats", "threads", "versions", "commit", "source",

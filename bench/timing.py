@@ -9,16 +9,39 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from cases import Inputs, Pass, Work
+from cases import Pass, Work
 from torch import Tensor
 
-Run = Callable[[Inputs], Tensor]
 PASSES: tuple[Pass, ...] = ("forward", "train")
 MIN_ROUNDS = 3
+
+
+class Inputs(Protocol):
+    """One set of inputs of a cell, of any suite."""
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The differentiable inputs by name."""
+        ...
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, for byte counts."""
+        ...
+
+    @property
+    def grad_out(self) -> Tensor:
+        """The gradient of the output."""
+        ...
+
+
+Run = Callable[[Any], Tensor]
+"""One set of inputs, of the suite at hand -> the output."""
 
 
 class Clock:
@@ -58,7 +81,7 @@ def one_pass(run: Run, inputs: Inputs, which: Pass) -> None:
 
 def interleaved(
     runs: dict[str, Run],
-    inputs: list[Inputs],
+    inputs: Sequence[Inputs],
     clock: Clock,
     *,
     repeats: int,
@@ -127,8 +150,8 @@ def memory_of(run: Run, inputs: Inputs) -> Memory:
     del out
     storages.clear()
     peak = None
-    if inputs.q.is_cuda:
-        device = inputs.q.device
+    if inputs.grad_out.is_cuda:
+        device = inputs.grad_out.device
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

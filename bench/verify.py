@@ -7,14 +7,21 @@ The references run one condition at a time, which is exact since conditions do n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from cases import Inputs
+from cases import Inputs as AttentionInputs
+from timing import Inputs, Run
 from torch import Tensor
 
-Run = Callable[[Inputs], Tensor]
+
+class Sliceable(Inputs, Protocol):
+    """Inputs of which one condition can be had alone."""
+
+    def condition_slice(self, b: int, dtype: torch.dtype) -> Any:
+        """Condition ``b`` alone, as fresh leaves of another dtype."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ def results(run: Run, inputs: Inputs) -> dict[str, Tensor]:
     return {"out": out.detach(), **named}
 
 
-def reference(inputs: Inputs) -> Tensor:
-    """The library's definition of the op."""
+def reference(inputs: AttentionInputs) -> Tensor:
+    """The library's definition of attention."""
     from minidiff_fast.ops import broadcast_attention_reference
 
     out = broadcast_attention_reference(
@@ -60,15 +67,20 @@ def reference(inputs: Inputs) -> Tensor:
     return out
 
 
-def _by_condition(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    parts = [results(reference, inputs.condition_slice(b, dtype)) for b in range(inputs.q.shape[0])]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _by_condition(inputs: Sliceable, dtype: torch.dtype, definition: Run, summed: frozenset[str]) -> dict[str, Tensor]:
+    conditions = range(inputs.grad_out.shape[0])
+    parts = [results(definition, inputs.condition_slice(b, dtype)) for b in conditions]
+    joined = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: torch.stack(t).sum(0) if name in summed else torch.cat(t) for name, t in joined.items()}
 
 
-def truth_of(inputs: Inputs, eps: float) -> Truth:
-    """Float64 results of the reference, and the budget of every tensor."""
-    exact = _by_condition(inputs, torch.float64)
-    same = _by_condition(inputs, inputs.q.dtype)
+def truth_of(inputs: Sliceable, eps: float, definition: Run = reference, summed: frozenset[str] = frozenset()) -> Truth:
+    """Float64 results of the definition, and the budget of every tensor.
+
+    ``summed`` names the gradients of what all conditions share, which add up; the others have a condition axis.
+    """
+    exact = _by_condition(inputs, torch.float64, definition, summed)
+    same = _by_condition(inputs, inputs.grad_out.dtype, definition, summed)
     budgets = {}
     for name, tensor in exact.items():
         error = _largest(same[name].double() - tensor)

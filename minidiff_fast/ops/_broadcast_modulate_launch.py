@@ -64,7 +64,7 @@ def choose_config(
         hip: ROCm: warps are twice as wide.
     """
     backward, grouped = kernel == "backward", norm == "group"
-    largest = (4096 if grouped else 2048) if backward else (8192 if grouped else 4096)
+    largest = (4096 if grouped and rows_first else 2048) if backward else (8192 if grouped else 4096)
     block_r, block_c = _power(rows), _power(channels)
     if not grouped:
         block_r = min(block_r, max(1, 2048 // block_c))
@@ -75,7 +75,8 @@ def choose_config(
         block_r = min(_power(rows), 64 if rows_first or grouped or (backward and one_sample) else 16 if backward else 4)
         block_c = min(_power(channels), (128 if backward else 2048) if block_r == 1 else 2048 // block_r)
         block_r = min(_power(rows), max(block_r, (1024 if backward else 2048) // block_c))
-    per_thread = 8 if backward else 16
+    # Loops over the tiles of a unit hold more addresses in registers, and so does adding up rows across threads.
+    per_thread = 16 if kernel == "forward" and whole else 4 if backward and grouped and not rows_first else 8
     num_warps = max(1, min(8, block_r * block_c // (32 * per_thread)))
     return LaunchConfig(block_r, block_c, whole, max(1, num_warps // 2) if hip else num_warps)
 

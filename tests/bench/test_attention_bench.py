@@ -19,6 +19,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCH = REPOSITORY / "bench"
 NAMES = ("cases", "peers", "merge", "verify", "timing", "broadcast_attention", "report", "run")
+HELPERS = ("harness",)
 CPU = torch.device("cpu")
 
 
@@ -43,7 +44,7 @@ def bench() -> Iterator[Modules]:
         yield Modules(*(importlib.import_module(name) for name in NAMES))
     finally:
         sys.path.remove(str(BENCH))
-        for name in NAMES:
+        for name in NAMES + HELPERS:
             sys.modules.pop(name, None)
 
 
