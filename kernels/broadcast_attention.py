@@ -25,10 +25,33 @@ order: no atomics, the same bits on every run. Nothing of shape ``[B, K, S, ...]
 Dropout keeps the pair (row, key) when the first Philox-4x32-10 word of the counter
 ``(row mod 2^32, key, row div 2^32, 0)`` under the 64-bit seed is at least ``dropout_p * 2^32``, with ``row`` the
 linear index into ``[B, K, T, H]`` and ``key`` s for shared, S + p for own keys: recomputed, never stored.
+
+Packed keys (HAS_PACKED): S is N, the tokens of all conditions, and a condition streams those from ``cu_seqlens[b]`` to
+``cu_seqlens[b + 1]``; what is said of s holds for the place in N.
+
+ROPE and NORM (see _query_transform): the forward transforms a tile of queries when it loads it, and all kernels turn
+own keys when they load them. The backward writes the transformed queries once, to where dq will be: the kernels of dk
+and dv read them there, the one of dq replaces each of its rows by their gradient, and a last pass takes that back
+through rotation and norm.
 """
 
 import triton
 import triton.language as tl
+
+from minidiff_fast.kernels._query_transform import (
+    _broadcast_attention_bwd_transform_kernel,
+    _broadcast_attention_transform_kernel,
+    _transformed_tile,
+)
+
+__all__ = [
+    "_broadcast_attention_bwd_delta_kernel",
+    "_broadcast_attention_bwd_dkdv_kernel",
+    "_broadcast_attention_bwd_dq_kernel",
+    "_broadcast_attention_bwd_transform_kernel",
+    "_broadcast_attention_fwd_kernel",
+    "_broadcast_attention_transform_kernel",
+]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -64,6 +87,23 @@ def _load_rows(
 
 
 @triton.jit
+def _load_queries(
+    base, rows, row_mask, b, h, K, T, positions, weight, bias, eps, stride_k, stride_t, stride_h, stride_d,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
+):
+    """Rows [M] of the queries, transformed."""
+    if ROPE is None and NORM is None:
+        return _load_rows(base, rows, row_mask, T, stride_k, stride_t, stride_h, stride_d, G, D, BLOCK_D)
+    else:
+        offset = (rows // (T * G)).to(tl.int64) * stride_k + ((rows // G) % T).to(tl.int64) * stride_t
+        offset += (rows % G).to(tl.int64) * stride_h
+        return _transformed_tile(
+            base, offset, row_mask, b * K * T + rows // G, h, positions, weight, bias, eps, stride_h, stride_d, ROPE,
+            NORM, D, BLOCK_D,
+        )
+
+
+@triton.jit
 def _load_keys(
     base, keys, key_mask, P, stride_k, stride_s, stride_d, OWN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -77,6 +117,51 @@ def _load_keys(
         base + offset[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=key_mask[:, None] & (d < D)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def _load_turned_keys(
+    base, keys, key_mask, b, h, K, P, positions, stride_k, stride_s, stride_h, stride_d, OWN: tl.constexpr,
+    ROPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Keys [N] of one segment; own keys turned to their places."""
+    if OWN and ROPE is not None:
+        offset = (keys // P).to(tl.int64) * stride_k + (keys % P).to(tl.int64) * stride_s
+        return _transformed_tile(
+            base, offset, key_mask, b * K * P + keys, h, positions, base, base, 0.0, stride_h, stride_d, ROPE, None,
+            D, BLOCK_D,
+        )
+    else:
+        return _load_keys(base, keys, key_mask, P, stride_k, stride_s, stride_d, OWN, D, BLOCK_D)
+
+
+@triton.jit
+def _shared_range(lengths, cu_seqlens, b, S, HAS_LENGTHS: tl.constexpr, HAS_PACKED: tl.constexpr):
+    """The condition's first key and the one after its last."""
+    start = 0
+    end = S
+    if HAS_PACKED:
+        start = tl.maximum(tl.load(cu_seqlens + b), 0)
+        end = tl.minimum(tl.load(cu_seqlens + b + 1), S)
+    elif HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths + b), S).to(tl.int32)
+    return start, end
+
+
+@triton.jit
+def _packed_block(slot, cu_seqlens, B, search_steps, BLOCK_N: tl.constexpr):
+    """Slot -> (condition, its block of keys; negative or past the end for an idle slot).
+
+    Condition b owns the slots from ``cu_seqlens[b] // BLOCK_N + b`` on: at least as many as it has blocks.
+    """
+    low = slot * 0
+    high = low + B
+    for _ in tl.range(0, search_steps):
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens + middle) // BLOCK_N + middle <= slot
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, slot - (tl.load(cu_seqlens + low) // BLOCK_N + low)
 
 
 @triton.jit
@@ -121,16 +206,18 @@ def _own_key_range(first_row, last_row, T, P, G: tl.constexpr):
 @triton.jit
 def _attend(
     acc, row_max, row_sum, q_tile, rows, row_mask, b, h, k_base, v_base, key_start, key_end,
-    stride_kk, stride_ks, stride_kd, stride_vk, stride_vs, stride_vd, mask, stride_mask_t, stride_mask_s,
-    K, T, S, P, logit_scale, seed, dropout_threshold,
-    OWN: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEADS: tl.constexpr,
+    stride_kk, stride_ks, stride_kh, stride_kd, stride_vk, stride_vs, stride_vd, mask, stride_mask_t, stride_mask_s,
+    K, T, S, P, logit_scale, seed, dropout_threshold, positions,
+    OWN: tl.constexpr, ROPE: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Stream the keys ``key_start .. key_end`` of one segment through the online softmax of a tile of rows."""
     for start in tl.range(key_start, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         key_mask = keys < key_end
-        k_tile = _load_keys(k_base, keys, key_mask, P, stride_kk, stride_ks, stride_kd, OWN, D, BLOCK_D)
+        k_tile = _load_turned_keys(
+            k_base, keys, key_mask, b, h, K, P, positions, stride_kk, stride_ks, stride_kh, stride_kd, OWN, ROPE, D, BLOCK_D,
+        )
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * logit_scale
         visible = _visible(
             rows, row_mask, keys, key_mask, T, P, mask, stride_mask_t, stride_mask_s, OWN, OWN_CAUSAL, HAS_MASK, G,
@@ -152,7 +239,8 @@ def _attend(
 
 @triton.jit
 def _broadcast_attention_fwd_kernel(
-    q, k, v, own_k, own_v, lengths, mask, seed_pointer, out, lse, lse_correction,
+    q, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed_pointer, q_positions,
+    own_positions, norm_weight, norm_bias, norm_eps, out, lse, lse_correction,
     stride_qb, stride_qk, stride_qt, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -160,30 +248,31 @@ def _broadcast_attention_fwd_kernel(
     stride_ovb, stride_ovk, stride_ovp, stride_ovh, stride_ovd,
     stride_mask_b, stride_mask_t, stride_mask_s,
     K, T, S, P, row_blocks, logit_scale, keep_scale, dropout_threshold,
-    HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_PACKED: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, OWN_ROPE: tl.constexpr, NORM: tl.constexpr,
 ):
     """out [B,K,T,H,D] and lse [B,K,T,H] (natural logarithm), both contiguous; one program per tile of rows."""
     block, h, b = _program_coordinates(row_blocks, HEADS)
     row_count = K * T * G
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < row_count
-    q_tile = _load_rows(
-        q + b * stride_qb + h.to(tl.int64) * G * stride_qh, rows, row_mask, T, stride_qk, stride_qt, stride_qh,
-        stride_qd, G, D, BLOCK_D,
+    q_tile = _load_queries(
+        q + b * stride_qb + h.to(tl.int64) * G * stride_qh, rows, row_mask, b, h, K, T, q_positions, norm_weight,
+        norm_bias, norm_eps, stride_qk, stride_qt, stride_qh, stride_qd, G, D, BLOCK_D, ROPE, NORM,
     )
     seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    key_end = tl.minimum(tl.load(lengths + b), S).to(tl.int32) if HAS_LENGTHS else S
+    key_start, key_end = _shared_range(lengths, cu_seqlens, b, S, HAS_LENGTHS, HAS_PACKED)
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q_tile, rows, row_mask, b, h,
-        k + b * stride_kb + h.to(tl.int64) * stride_kh, v + b * stride_vb + h.to(tl.int64) * stride_vh, 0, key_end,
-        0, stride_ks, stride_kd, 0, stride_vs, stride_vd, mask + b * stride_mask_b, stride_mask_t, stride_mask_s,
-        K, T, S, P, logit_scale, seed, dropout_threshold,
-        False, False, HAS_MASK, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_N, PRECISION,
+        k + b * stride_kb + h.to(tl.int64) * stride_kh, v + b * stride_vb + h.to(tl.int64) * stride_vh, key_start, key_end,
+        0, stride_ks, stride_kh, stride_kd, 0, stride_vs, stride_vd, mask + b * stride_mask_b, stride_mask_t, stride_mask_s,
+        K, T, S, P, logit_scale, seed, dropout_threshold, q,
+        False, None, False, HAS_MASK, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_N, PRECISION,
     )
     if HAS_OWN:
         own_start, own_end = _own_key_range(
@@ -192,9 +281,9 @@ def _broadcast_attention_fwd_kernel(
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, rows, row_mask, b, h,
             own_k + b * stride_okb + h.to(tl.int64) * stride_okh, own_v + b * stride_ovb + h.to(tl.int64) * stride_ovh, own_start, own_end,
-            stride_okk, stride_okp, stride_okd, stride_ovk, stride_ovp, stride_ovd, mask, 0, 0,
-            K, T, S, P, logit_scale, seed, dropout_threshold,
-            True, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
+            stride_okk, stride_okp, stride_okh, stride_okd, stride_ovk, stride_ovp, stride_ovd, mask, 0, 0,
+            K, T, S, P, logit_scale, seed, dropout_threshold, own_positions,
+            True, OWN_ROPE, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
         )
     seen = row_sum != 0.0
     normaliser = tl.where(seen, row_sum, 1.0)
@@ -263,16 +352,18 @@ def _row_statistics(lse, lse_correction, delta, index, row_mask, EXACT: tl.const
 @triton.jit
 def _accumulate_dq(
     dq_acc, q_tile, dout_tile, row_lse, correction, row_delta, rows, row_mask, b, h, k_base, v_base, key_start, key_end,
-    stride_kk, stride_ks, stride_kd, stride_vk, stride_vs, stride_vd, mask, stride_mask_t, stride_mask_s,
-    K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold,
-    OWN: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEADS: tl.constexpr,
+    stride_kk, stride_ks, stride_kh, stride_kd, stride_vk, stride_vs, stride_vd, mask, stride_mask_t, stride_mask_s,
+    K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold, positions,
+    OWN: tl.constexpr, ROPE: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq of a tile of rows, over the keys ``key_start .. key_end`` of one segment."""
     for start in tl.range(key_start, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         key_mask = keys < key_end
-        k_tile = _load_keys(k_base, keys, key_mask, P, stride_kk, stride_ks, stride_kd, OWN, D, BLOCK_D)
+        k_tile = _load_turned_keys(
+            k_base, keys, key_mask, b, h, K, P, positions, stride_kk, stride_ks, stride_kh, stride_kd, OWN, ROPE, D, BLOCK_D,
+        )
         v_tile = _load_keys(v_base, keys, key_mask, P, stride_vk, stride_vs, stride_vd, OWN, D, BLOCK_D)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * logit_scale
         visible = _visible(
@@ -289,7 +380,7 @@ def _accumulate_dq(
 
 @triton.jit
 def _broadcast_attention_bwd_dq_kernel(
-    q, k, v, own_k, own_v, lengths, mask, seed_pointer, dout, lse, lse_correction, delta, dq,
+    q, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed_pointer, own_positions, dout, lse, lse_correction, delta, dq,
     stride_qb, stride_qk, stride_qt, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -298,9 +389,10 @@ def _broadcast_attention_bwd_dq_kernel(
     stride_dob, stride_dok, stride_dot, stride_doh, stride_dod,
     stride_mask_b, stride_mask_t, stride_mask_s,
     K, T, S, P, row_blocks, scale, logit_scale, keep_scale, dropout_threshold,
-    HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_PACKED: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    OWN_ROPE: tl.constexpr,
 ):
     """dq [B,K,T,H,D], contiguous; one program per tile of rows."""
     block, h, b = _program_coordinates(row_blocks, HEADS)
@@ -320,13 +412,13 @@ def _broadcast_attention_bwd_dq_kernel(
     row_lse, correction, row_delta = _row_statistics(lse, lse_correction, delta, index, row_mask, EXACT)
     seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    key_end = tl.minimum(tl.load(lengths + b), S).to(tl.int32) if HAS_LENGTHS else S
+    key_start, key_end = _shared_range(lengths, cu_seqlens, b, S, HAS_LENGTHS, HAS_PACKED)
     dq_acc = _accumulate_dq(
         dq_acc, q_tile, dout_tile, row_lse, correction, row_delta, rows, row_mask, b, h,
-        k + b * stride_kb + h64 * stride_kh, v + b * stride_vb + h64 * stride_vh, 0, key_end,
-        0, stride_ks, stride_kd, 0, stride_vs, stride_vd, mask + b * stride_mask_b, stride_mask_t, stride_mask_s,
-        K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold,
-        False, False, HAS_MASK, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_N, PRECISION,
+        k + b * stride_kb + h64 * stride_kh, v + b * stride_vb + h64 * stride_vh, key_start, key_end,
+        0, stride_ks, stride_kh, stride_kd, 0, stride_vs, stride_vd, mask + b * stride_mask_b, stride_mask_t, stride_mask_s,
+        K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold, q,
+        False, None, False, HAS_MASK, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_N, PRECISION,
     )
     if HAS_OWN:
         own_start, own_end = _own_key_range(
@@ -335,35 +427,41 @@ def _broadcast_attention_bwd_dq_kernel(
         dq_acc = _accumulate_dq(
             dq_acc, q_tile, dout_tile, row_lse, correction, row_delta, rows, row_mask, b, h,
             own_k + b * stride_okb + h64 * stride_okh, own_v + b * stride_ovb + h64 * stride_ovh, own_start, own_end,
-            stride_okk, stride_okp, stride_okd, stride_ovk, stride_ovp, stride_ovd, mask, 0, 0,
-            K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold,
-            True, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
+            stride_okk, stride_okp, stride_okh, stride_okd, stride_ovk, stride_ovp, stride_ovd, mask, 0, 0,
+            K, T, S, P, logit_scale, keep_scale, seed, dropout_threshold, own_positions,
+            True, OWN_ROPE, OWN_CAUSAL, False, HAS_DROPOUT, EXACT, HEADS, G, D, BLOCK_D, BLOCK_P, PRECISION,
         )
     _store_rows(dq, dq_acc * scale, b, h, rows, row_mask, K, T, HEADS, G, D, BLOCK_D)
 
 
 @triton.jit
 def _broadcast_attention_bwd_dkdv_kernel(
-    q, k, v, lengths, mask, seed_pointer, dout, lse, lse_correction, delta, dk, dv,
+    q, k, v, lengths, cu_seqlens, mask, seed_pointer, own_positions, dout, lse, lse_correction, delta, dk, dv,
     stride_qb, stride_qk, stride_qt, stride_qh, stride_qd,
     stride_kb, stride_kk, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vk, stride_vs, stride_vh, stride_vd,
     stride_dob, stride_dok, stride_dot, stride_doh, stride_dod,
     stride_mask_b, stride_mask_t, stride_mask_s,
-    K, T, S, P, key_count, key_blocks, scale, logit_scale, keep_scale, dropout_threshold,
-    OWN: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    B, K, T, S, P, key_count, key_blocks, search_steps, scale, logit_scale, keep_scale, dropout_threshold,
+    OWN: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_PACKED: tl.constexpr, HAS_MASK: tl.constexpr, OWN_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EXACT: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, OWN_ROPE: tl.constexpr,
 ):
-    """dk, dv of one segment, contiguous ([B,S,Hkv,D], or [B,K,P,Hkv,D] with OWN); one program per block of keys."""
+    """dk, dv of one segment, contiguous ([B,S,Hkv,D], or [B,K,P,Hkv,D] with OWN); one program per block of keys. Packed:
+    [N,Hkv,D], and what belongs to no condition is left alone."""
     block, h, b = _program_coordinates(key_blocks, HEADS)
+    if HAS_PACKED:
+        condition, block = _packed_block(block, cu_seqlens, B, search_steps, BLOCK_N)
+        b = condition.to(tl.int64)
+    key_start, key_end = _shared_range(lengths, cu_seqlens, b, key_count, HAS_LENGTHS, HAS_PACKED)
+    first_key = key_start + block * BLOCK_N
     h64 = h.to(tl.int64)
     row_count = K * T * G
-    keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    key_end = tl.minimum(tl.load(lengths + b), key_count).to(tl.int32) if HAS_LENGTHS else key_count
-    key_mask = keys < key_end
-    k_tile = _load_keys(
-        k + b * stride_kb + h64 * stride_kh, keys, key_mask, P, stride_kk, stride_ks, stride_kd, OWN, D, BLOCK_D,
+    keys = first_key + tl.arange(0, BLOCK_N)
+    key_mask = (keys >= key_start) & (keys < key_end) if HAS_PACKED else keys < key_end
+    k_tile = _load_turned_keys(
+        k + b * stride_kb + h64 * stride_kh, keys, key_mask, b, h, K, P, own_positions, stride_kk, stride_ks, stride_kh,
+        stride_kd, OWN, OWN_ROPE, D, BLOCK_D,
     )
     v_tile = _load_keys(
         v + b * stride_vb + h64 * stride_vh, keys, key_mask, P, stride_vk, stride_vs, stride_vd, OWN, D, BLOCK_D,
@@ -375,7 +473,10 @@ def _broadcast_attention_bwd_dkdv_kernel(
         row_end = (last_key // P + 1) * (T * G)
     else:
         row_start = 0
-        row_end = tl.where(block * BLOCK_N < key_end, row_count, 0)
+        if HAS_PACKED:
+            row_end = tl.where((block >= 0) & (first_key < key_end), row_count, 0)
+        else:
+            row_end = tl.where(block * BLOCK_N < key_end, row_count, 0)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     q_base = q + b * stride_qb + h64 * G * stride_qh
@@ -405,7 +506,11 @@ def _broadcast_attention_bwd_dkdv_kernel(
         ds = p * (dp - row_delta[:, None])
         dk_acc = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_acc, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)
-    offsets = ((b * key_count + keys) * HEADS + h)[:, None] * D + d[None, :]
-    store_mask = (keys < key_count)[:, None] & (d < D)[None, :]
+    if HAS_PACKED:
+        offsets = (keys.to(tl.int64) * HEADS + h)[:, None] * D + d[None, :]
+        store_mask = key_mask[:, None] & (d < D)[None, :]
+    else:
+        offsets = ((b * key_count + keys) * HEADS + h)[:, None] * D + d[None, :]
+        store_mask = (keys < key_count)[:, None] & (d < D)[None, :]
     tl.store(dk + offsets, (dk_acc * scale).to(dk.dtype.element_ty), mask=store_mask)
     tl.store(dv + offsets, (dv_acc * keep_scale).to(dv.dtype.element_ty), mask=store_mask)

@@ -46,8 +46,9 @@ struct BackwardScratch {
 // lse, what it lacks, and delta per row; 0 behind the last row and where a row saw nothing (its weights are 0, and a
 // NaN in the gradient of its lse must not reach the keys).
 template <class T>
-void row_statistics(const Call& c, const RowBlock& rows, const BackwardScratch& s) {
+void row_statistics(const Call& c, const RowBlock& rows, const RowBlock& next, const BackwardScratch& s) {
   for (int64_t r = 0; r < round_up(rows.count, 8); ++r) {
+    prefetch_rows<false>(c, static_cast<const T*>(c.out), next, r, r + 1);
     const int64_t index = r < rows.count ? rows.index[r] : 0;
     const bool seen = r < rows.count && c.lse[index] != -kInfinity;
     s.lse[r] = seen ? c.lse[index] : 0.0f;
@@ -106,10 +107,11 @@ void differentiate(int64_t groups, const Call& c, Arguments&&... arguments) {
 }
 
 // dq of the rows of 8 `groups` lanes, from group `group` on, over a block of keys.
-inline void add_dq(const Call& c, const BackwardScratch& s, int64_t group, int64_t groups, const float* by_channel,
+template <Into INTO>
+void add_dq(const Call& c, const BackwardScratch& s, int64_t group, int64_t groups, const float* by_channel,
                    int64_t stride, int64_t count) {
   const int64_t lane = 8 * group, panel = lane / kPanel * c.width * kPanel + lane % kPanel;
-  const auto product = groups == 2 ? gemm<2, Layout::kPacked, Into::kAdd> : gemm<1, Layout::kPacked, Into::kAdd>;
+  const auto product = groups == 2 ? gemm<2, Layout::kPacked, INTO> : gemm<1, Layout::kPacked, INTO>;
   product(c.width, count, by_channel, stride, s.dlogits + lane, kMaxRows, s.dq + panel, kPanel, nullptr);
 }
 
@@ -146,7 +148,8 @@ void backward_shared(const Call& c, const RowBlock& rows, const BackwardScratch&
       differentiate(groups, c, s, group, s.shared.keys + j * c.width, s.shared.values + j * c.width, count, sees,
                     dropout, columns, start + j);
       if (c.dq != nullptr) {
-        add_dq(c, s, group, groups, s.shared.keys_by_channel + j * kTileRows, shared.count * kTileRows, count);
+        const auto add = j == 0 ? add_dq<Into::kStore> : add_dq<Into::kAdd>;
+        add(c, s, group, groups, s.shared.keys_by_channel + j * kTileRows, shared.count * kTileRows, count);
       }
     }
     if (c.dk != nullptr) {
@@ -206,7 +209,7 @@ void backward_own(const Call& c, const Task& task, const RowBlock& rows, OwnLane
         differentiate(groups, c, s, group, s.own.keys + p * c.width, s.own.values + p * c.width, count, sees, dropout,
                       nullptr, c.own_column + p);
         if (c.dq != nullptr) {
-          add_dq(c, s, group, groups, s.own.keys_by_channel + p * kTileRows, c.own * kTileRows, count);
+          add_dq<Into::kAdd>(c, s, group, groups, s.own.keys_by_channel + p * kTileRows, c.own * kTileRows, count);
         }
       }
       if (c.down_k != nullptr) {
@@ -252,20 +255,23 @@ void backward_task(const Call& c, const Task& task, const BackwardScratch& s, co
     std::fill_n(sums.dk, shared.count * round_up(c.width, 8), 0.0f);
     std::fill_n(sums.dv, shared.count * round_up(c.width, 8), 0.0f);
   }
-  RowBlock rows;
+  const int64_t block = c.width > 128 ? 32 : kMaxRows;
+  RowBlocks blocks(c, task, block);
   OwnLanes lanes;
   Dropout dropout(c);
   int64_t packed = -1;
-  const int64_t block = c.width > 128 ? 32 : kMaxRows;
   std::fill_n(s.factors, kMaxRows, static_cast<float>(c.scale));
   for (int64_t first = task.first; first < task.last; first += block) {
-    rows.fill(c, task.b, task.h, first, std::min(block, task.last - first));
+    blocks.advance();
+    const RowBlock &rows = blocks.now(), &next = blocks.next();
     dropout.rows(rows);
-    load_rows(c, static_cast<const T*>(c.q), c.q_strides, task.b, task.h, rows, static_cast<float>(c.scale), s.q,
-              s.q_straight);
-    load_rows(c, static_cast<const T*>(c.dout), c.dout_strides, task.b, task.h, rows, 1.0f, s.dout, s.dout_straight);
-    row_statistics<T>(c, rows, s);
-    std::fill_n(s.dq, round_up(rows.count, kPanel) * c.width, 0.0f);
+    load_rows(c, static_cast<const T*>(c.q), c.q_strides, task.b, task.h, rows, next, static_cast<float>(c.scale),
+              s.q, s.q_straight);
+    load_rows(c, static_cast<const T*>(c.dout), c.dout_strides, task.b, task.h, rows, next, 1.0f, s.dout,
+              s.dout_straight);
+    row_statistics<T>(c, rows, next, s);
+    if (c.dq != nullptr) prefetch_rows<true>(c, static_cast<const T*>(c.dq), rows, 0, rows.count);
+    if (shared.count == 0) std::fill_n(s.dq, round_up(rows.count, kPanel) * c.width, 0.0f);
     if (shared.visible == nullptr) {
       backward_shared<Everyone>(c, rows, s, shared, segment.start, sums, dropout);
     } else {

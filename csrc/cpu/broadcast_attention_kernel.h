@@ -83,6 +83,30 @@ struct Task {
   int64_t b, h, part, first, last;
 };
 
+// The blocks of rows of a task, one after the other, and always the one behind.
+class RowBlocks {
+ public:
+  RowBlocks(const Call& c, const Task& task, int64_t size) : c_(c), task_(task), size_(size), at_(task.first) { fill(); }
+  void advance() {
+    which_ ^= 1;
+    at_ += size_;
+    fill();
+  }
+  const RowBlock& now() const { return blocks_[which_]; }
+  const RowBlock& next() const { return blocks_[which_ ^ 1]; }
+
+ private:
+  void fill() {
+    blocks_[which_ ^ 1].fill(c_, task_.b, task_.h, at_, std::max<int64_t>(std::min(size_, task_.last - at_), 0));
+  }
+  const Call& c_;
+  const Task& task_;
+  const int64_t size_;
+  int64_t at_;
+  int which_ = 0;
+  RowBlock blocks_[2];
+};
+
 // How rows are divided: parts of `rows` rows for each of the B * Hkv pairs.
 struct Division {
   int64_t parts, rows, total;
@@ -152,6 +176,7 @@ struct ForwardScratch {
 struct RowPanel {
   const float* q;
   float *out, *logits;
+  bool fresh;  // out holds nothing yet
   V8 top[2], sum[2];
 };
 
@@ -197,8 +222,9 @@ void attend(RowPanel& panel, int group, const float* keys, const float* values, 
       store(at, as_float(as_int(load(at)) & dropout.kept(group + n, column)));
     }
   }
-  gemm<N, Layout::kPacked, Into::kScaleAdd>(width, count, values, value_stride, logits, kPanel, panel.out + 8 * group,
-                                            kPanel, decay);
+  const auto product =
+      panel.fresh ? gemm<N, Layout::kPacked, Into::kStore> : gemm<N, Layout::kPacked, Into::kScaleAdd>;
+  product(width, count, values, value_stride, logits, kPanel, panel.out + 8 * group, kPanel, decay);
 }
 
 template <class... Arguments>
@@ -269,17 +295,19 @@ void forward_task(const Call& c, const Task& task, const ForwardScratch& scratch
             shared.list, shared.count, c.width, scratch.keys, nullptr);
   pack_keys(shared_base<T>(c.v, c.v_strides, task.b, segment.start, task.h), c.v_strides[1], c.v_strides[3],
             shared.list, shared.count, c.width, nullptr, scratch.values);
-  RowBlock rows;
+  RowBlocks blocks(c, task, kPanel);
   OwnLanes lanes;
   Dropout dropout(c);
   int64_t packed = -1;
   for (int64_t first = task.first; first < task.last; first += kPanel) {
-    rows.fill(c, task.b, task.h, first, std::min<int64_t>(kPanel, task.last - first));
+    blocks.advance();
+    const RowBlock& rows = blocks.now();
     dropout.rows(rows);
-    load_rows(c, static_cast<const T*>(c.q), c.q_strides, task.b, task.h, rows, static_cast<float>(c.scale), scratch.q,
-              nullptr);
-    RowPanel panel{scratch.q, scratch.out, scratch.logits, {}, {}};
-    std::fill_n(panel.out, c.width * kPanel, 0.0f);
+    prefetch_rows<true>(c, static_cast<const T*>(c.out), rows, 0, kPanel);
+    load_rows(c, static_cast<const T*>(c.q), c.q_strides, task.b, task.h, rows, blocks.next(),
+              static_cast<float>(c.scale), scratch.q, nullptr);
+    RowPanel panel{scratch.q, scratch.out, scratch.logits, shared.count > 0, {}, {}};
+    if (!panel.fresh) std::fill_n(panel.out, c.width * kPanel, 0.0f);
     for (V8& top : panel.top) top = broadcast(-kInfinity);
     const int groups = static_cast<int>(ceil_div(rows.count, 8));
     for (int64_t j = 0; j < shared.count; j += kForwardKeys) {
@@ -295,6 +323,7 @@ void forward_task(const Call& c, const Task& task, const ForwardScratch& scratch
         attend(groups, panel, 0, keys, values, stride, count, c.width, sees, dropout, columns,
                segment.start + j);
       }
+      panel.fresh = false;
     }
     if (c.own > 0) attend_own<T>(c, task, rows, panel, lanes, dropout, scratch, packed);
     finish_rows<T>(c, rows, panel);

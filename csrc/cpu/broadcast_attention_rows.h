@@ -45,7 +45,31 @@ struct RowBlock {
   }
 };
 
-// Elements `width` apart by `stride` behind `from`, as floats' source: `from` itself where they lie side by side.
+// Asks for the rows of a tensor that will be read or, with WRITE, written soon: rows of one head are far apart, and the
+// processor does not foresee them.
+template <bool WRITE, class T>
+inline void prefetch_rows(const Call& c, const T* base, const int64_t* strides, int64_t b, int64_t h,
+                          const RowBlock& rows, int64_t begin, int64_t end) {
+  base += b * strides[0] + h * group_size(c) * strides[3];
+  const int64_t bytes = c.width * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = begin; r < std::min(end, rows.count); ++r) {
+    const char* row = reinterpret_cast<const char*>(base + rows.sample[r] * strides[1] + rows.token[r] * strides[2] +
+                                                    rows.group[r] * strides[3]);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITE ? 1 : 0, 2);
+  }
+}
+
+// The same for rows of a contiguous [B, K, T, H, D].
+template <bool WRITE, class T>
+inline void prefetch_rows(const Call& c, const T* base, const RowBlock& rows, int64_t begin, int64_t end) {
+  const int64_t bytes = c.width * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = begin; r < std::min(end, rows.count); ++r) {
+    const char* row = reinterpret_cast<const char*>(base + rows.index[r] * c.width);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITE ? 1 : 0, 2);
+  }
+}
+
+// `width` elements that lie `stride` apart from `from` on: `from` itself, or the copy that they are gathered in.
 template <class T>
 inline const T* contiguous(const T* from, int64_t stride, int64_t width, T* copy) {
   if (stride == 1) return from;
@@ -53,16 +77,18 @@ inline const T* contiguous(const T* from, int64_t stride, int64_t width, T* copy
   return copy;
 }
 
-// Rows of a [B, K, T, H, D] tensor times `factor`, zeros behind the last up to a multiple of eight:
+// (The rows of `next` follow.) Rows of a [B, K, T, H, D] tensor times `factor`, zeros behind the last up to a multiple of eight:
 // lanes [row / 16][d][row % 16], and, unless null, straight [d / 16][row of kMaxRows][d % 16].
 template <class T>
 inline void load_rows(const Call& c, const T* base, const int64_t* strides, int64_t b, int64_t h, const RowBlock& rows,
-                      float factor, float* lanes, float* straight) {
+                      const RowBlock& next, float factor, float* lanes, float* straight) {
   static const T zeros[kMaxWidth] = {};
   T copies[8][kMaxWidth];
   const int64_t width = c.width;
+  const T* const tensor = base;
   base += b * strides[0] + h * group_size(c) * strides[3];
   for (int64_t r0 = 0; r0 < rows.count; r0 += 8) {
+    prefetch_rows<false>(c, tensor, strides, b, h, next, r0, r0 + 8);
     const T* from[8];
     for (int64_t i = 0; i < 8; ++i) {
       const int64_t r = r0 + i;
@@ -115,7 +141,6 @@ template <class T>
 inline void pack_keys(const T* base, int64_t stride, int64_t stride_d, const int64_t* list, int64_t count,
                       int64_t width, float* by_key, float* by_channel) {
   T copies[kTileRows][kMaxWidth];
-  alignas(32) float row[kMaxWidth + kSlack];
   for (int64_t j0 = 0; j0 < count; j0 += kTileRows) {
     const int64_t present = std::min<int64_t>(kTileRows, count - j0);
     const T* from[kTileRows];
@@ -135,12 +160,9 @@ inline void pack_keys(const T* base, int64_t stride, int64_t stride_d, const int
     }
     if (by_channel == nullptr) continue;
     for (int64_t i = 0; i < present; ++i) {
-      for (int64_t d = 0; d < width; d += 8) {
-        store(row + d, width - d >= 8 ? load(from[i] + d) : load_partial(from[i] + d, width - d));
-      }
       float* to = by_channel + (j0 + i) * kTileRows;
       for (int64_t d = 0; d < width; d += kTileRows, to += count * kTileRows) {
-        const V8 x = load(row + d);
+        const V8 x = width - d >= 8 ? load(from[i] + d) : load_partial(from[i] + d, width - d);
         j0 + i + 1 < count ? store(to, x) : store_partial(to, x, kTileRows);
       }
     }

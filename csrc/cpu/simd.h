@@ -20,7 +20,6 @@
 
 #define MINIDIFF_INLINE inline __attribute__((always_inline))
 
-
 namespace MINIDIFF_SIMD_NAMESPACE {
 
 typedef float V8 __attribute__((vector_size(32)));
@@ -85,7 +84,13 @@ MINIDIFF_INLINE V8 abs(V8 x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // Lanes in the fixed order ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)).
 MINIDIFF_INLINE float horizontal_sum(V8 x) {
+#if defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#endif
 }
 
 MINIDIFF_INLINE float horizontal_max(V8 x) {
@@ -185,7 +190,20 @@ MINIDIFF_INLINE V8 load_partial(const bfloat16* p, std::int64_t n) {
 
 MINIDIFF_INLINE void store_partial(float* p, V8 x, std::int64_t n) {
 #if defined(__AVX2__)
-  _mm256_maskstore_ps(p, (__m256i)first_lanes(n), x);
+  // In pieces: masked stores are slow on some processors.
+  if (n >= 8) return store(p, x);
+  __m128 half = _mm256_castps256_ps128(x);
+  if (n & 4) {
+    _mm_storeu_ps(p, half);
+    half = _mm256_extractf128_ps(x, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), half);
+    half = _mm_movehl_ps(half, half);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, half);
 #else
   for (std::int64_t i = 0; i < n; ++i) p[i] = x[i];
 #endif
@@ -199,7 +217,7 @@ MINIDIFF_INLINE void store_partial(bfloat16* p, V8 x, std::int64_t n) {
 
 // --------------------------------------------------------------------------------------------------- functions
 
-// Powers of two as floats, n in [-126, 127].
+// Powers of two as floats, n in [-126, 127]; 0 for -127.
 MINIDIFF_INLINE V8 power_of_two(I8 n) { return as_float((n + 127) << 23); }
 
 // x = n ln 2 + r, |r| <= ln 2 / 2: e^r, and n. For |x| < 2^21.
@@ -227,12 +245,11 @@ MINIDIFF_INLINE V8 exp(V8 x) {
   return p * power_of_two(half) * power_of_two(n - half);
 }
 
-// e^x for x < 88, a softmax weight: as exp, but results below 2^-126 are 0, which spares subnormal arithmetic.
+// e^x for x < 88, a softmax weight: as exp, but 0 below e^-87.7, about the least normal number.
 MINIDIFF_INLINE V8 exp_weight(V8 x) {
-  const V8 least = broadcast(-87.33f);
   I8 n;
-  const V8 p = exp_reduced(max(least, x), &n);
-  return as_float(as_int(p * power_of_two(n)) & ~(x < least));
+  const V8 p = exp_reduced(max(broadcast(-88.0f), x), &n);
+  return p * power_of_two(n);  // n = -127, what -88 gives, makes the factor 0
 }
 
 // ln x for positive normal x, within one unit in the last place.

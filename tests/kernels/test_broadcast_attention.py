@@ -40,14 +40,14 @@ def evaluate(leaves, dtype, impl, dout, dlse, options) -> list[Tensor]:
     return [result.out, result.lse, *torch.autograd.grad(objective, present)]
 
 
-def check(B, K, T, S, P, H, Hkv, D, dtype=torch.float32, **options) -> None:
+def check(B, K, T, S, P, H, Hkv, D, dtype=torch.float32, impl="triton", **options) -> None:
     leaves = leaves_of(B, K, T, S, P, H, Hkv, D, dtype)
     generator = torch.Generator().manual_seed(7)
     dout = torch.randn(leaves[0].shape, generator=generator, dtype=torch.float64).to(dtype).double().to(DEVICE)
     dlse = torch.randn(leaves[0].shape[:-1], generator=generator, dtype=torch.float64).to(DEVICE)
     exact = evaluate(leaves, torch.float64, "reference", dout, dlse, options)
     same = evaluate(leaves, dtype, "reference", dout, dlse, options)
-    ours = evaluate(leaves, dtype, "triton", dout, dlse, options)
+    ours = evaluate(leaves, dtype, impl, dout, dlse, options)
     names = ["out", "lse", "dq", "dk", "dv", "down_k", "down_v"]
     for name, want, reference, got in zip(names, exact, same, ours, strict=False):
         finite = torch.isfinite(want)
