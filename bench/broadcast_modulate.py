@@ -332,9 +332,7 @@ def render(key: str, result: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------- offline compilation
 
 
-def record_launches(
-    case: ModulateCase, dtype: torch.dtype, *, hip: bool
-) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def record(case: ModulateCase, dtype: torch.dtype, *, hip: bool) -> list[Launch]:
     """The launches (kernel, arguments, flags) of one forward and one backward pass of ``case``, on meta tensors."""
     from offline import recorded_launches
 

@@ -146,25 +146,6 @@ def run(
     return cells
 
 
-def compile_rows(suite: ModuleType, cases: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> list[dict]:
-    """The facts of every launch of the cases, compiled for GPUs that are not there; see offline.py."""
-    rows = []
-    for name in cases:
-        for dtype in dtypes:
-            for target in targets:
-                for kernel, args, flags in suite.record(suite.CASES[name], DTYPES[dtype], hip=target.startswith("hip")):
-                    row: dict[str, Any] = {"case": name, "dtype": dtype, "kernel": kernel.__name__, "target": target}
-                    try:
-                        row.update(compile_launch(kernel, args, flags, target), error=None)
-                    except Exception as problem:  # a compiler's failure is a result here, not the end of the run
-                        row.update(shared=0, shared_limit=0, error=f"does not compile: {problem!r}")
-                    if row["shared"] > row["shared_limit"]:
-                        row["error"] = f"shared memory {row['shared']} bytes over the limit of {row['shared_limit']}"
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-    return rows
-
-
 def main(suite: ModuleType, argv: Sequence[str] | None = None) -> int:
     """``time`` or ``offline``; 0, or 1 when ours was refused or does not compile, 2 for a wrong option."""
     parser = argparse.ArgumentParser(description=(suite.__doc__ or "").splitlines()[0])

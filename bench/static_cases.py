@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,8 +25,8 @@ class StaticCase:
     name: str
     precision: str
     """A key of PRECISIONS."""
-    calls: Callable[[Any, torch.dtype], None]
-    """Runs forward and backward passes on meta tensors, given the op's launch module and the dtype."""
+    launches: Callable[[torch.dtype, bool], list[Launch]]
+    """Forward and backward on meta tensors of a dtype, as a CUDA or (True) a ROCm device would see them."""
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -31,13 +34,9 @@ class StaticCase:
         return self.op, self.name, self.precision
 
     def record(self, hip: bool) -> list[Launch]:
-        """The launches that a CUDA or a ROCm device would see."""
-        import importlib
-
-        launcher = importlib.import_module(f"minidiff_fast.ops._{self.op}_launch")
-        with _precision(self.precision), _platform(launcher, hip), recorded_launches(launcher.kernels) as launches:
-            self.calls(launcher, PRECISIONS[self.precision])
-        return launches
+        """The launches in this precision."""
+        with _precision(self.precision):
+            return self.launches(PRECISIONS[self.precision], hip)
 
 
 @contextmanager
@@ -109,9 +108,9 @@ def _transform(case: AttentionCase, samples: int, recipe: dict[str, Any]) -> Any
     return QueryTransform(rope, norm)
 
 
-def _attention_calls(
+def _attention(
     case: AttentionCase, dropout_p: float, recipe: dict[str, Any] | None
-) -> Callable[[Any, torch.dtype], None]:
+) -> Callable[[torch.dtype, bool], list[Launch]]:
     packed = recipe is not None and recipe.get("packed", False)
 
     def run(launcher: Any, dtype: torch.dtype) -> None:
@@ -129,14 +128,21 @@ def _attention_calls(
             out, lse, correction = launcher.launch_forward(q, k, k, own, own, *rest)
             launcher.launch_backward(out, lse, q, k, k, own, own, out, lse, correction, *rest)
 
-    return run
+    def launches(dtype: torch.dtype, hip: bool) -> list[Launch]:
+        from minidiff_fast.ops import _broadcast_attention_launch as launcher
+
+        with _platform(launcher, hip), recorded_launches(launcher.kernels) as recorded:
+            run(launcher, dtype)
+        return recorded
+
+    return launches
 
 
 def broadcast_attention() -> list[StaticCase]:
     """The case table of attention, every K of it; then with the norms and rotations of the policies."""
-    calls = {case.name: _attention_calls(case, dropout_p, None) for case, dropout_p in ATTENTION_CASES}
+    calls = {case.name: _attention(case, dropout_p, None) for case, dropout_p in ATTENTION_CASES}
     calls |= {
-        f"{case.name}-transformed": _attention_calls(case, 0.0, TRANSFORMS[case.name])
+        f"{case.name}-transformed": _attention(case, 0.0, TRANSFORMS[case.name])
         for case in FULL_CASES
         if case.name in TRANSFORMS
     }
@@ -149,130 +155,26 @@ def broadcast_attention() -> list[StaticCase]:
     ]
 
 
-# name: B, K, T, C, norm, groups, activation, form, channels first, gate and residual
-MODULATE_CASES: dict[str, tuple[int, int, int, int, str, int, str, str, bool, bool]] = {
-    "unet-256": (64, 16, 16, 256, "group", 8, "mish", "film", True, False),
-    "unet-512": (64, 16, 8, 512, "group", 8, "mish", "film", True, False),
-    "unet-1024": (64, 16, 4, 1024, "group", 8, "mish", "film", True, False),
-    "unet-2048": (64, 16, 4, 2048, "group", 8, "mish", "film", True, False),
-    "dit-512": (64, 16, 16, 512, "layer", 0, "", "adaln", False, True),
-    "groot-1536": (16, 32, 41, 1536, "layer", 0, "", "adaln", False, True),
-    "rms-4096": (8, 8, 50, 4096, "rms", 0, "", "adaln", False, True),
-    "minidiffuser-film-72": (100, 256, 1, 72, "", 0, "silu", "film", False, False),
-}
-
-
-def broadcast_modulate() -> list[StaticCase]:
-    """U-Net blocks, DiT blocks, FiLM; with per-condition and per-sample parts."""
-
-    def calls(B: int, K: int, T: int, C: int, norm: str, groups: int, activation: str, form: str, first: bool,
-              gated: bool) -> Callable[[Any, torch.dtype], None]:  # fmt: skip
-        def run(launcher: Any, dtype: torch.dtype) -> None:
-            x = meta(B, K, C, T, dtype=dtype) if first else meta(B, K, T, C, dtype=dtype)
-            shared, own, affine = (meta(*s, dtype=dtype) for s in ((B, C), (B, K, C), (C,)))
-            parts = (shared, shared, shared if gated else None, own, own, own if gated else None)
-            weights = (affine, affine) if norm == "group" else (None, None)
-            options = (norm, groups, 1e-5, activation, "norm" if norm else "output", form, first)
-            y, mean, rstd = launcher.launch_forward(x, *parts, x if gated else None, *weights, *options)
-            need = [tensor is not None for tensor in (x, *parts, *weights)]
-            launcher.launch_backward(y, x, *parts, *weights, mean, rstd, *options, need)
-
-        return run
-
+def of_bench(op: str) -> list[StaticCase]:
+    """The cases of an op's bench module, which records its launches."""
+    module = importlib.import_module(op)
+    known = module.CASES.values() if isinstance(module.CASES, dict) else module.CASES
     return [
-        StaticCase("broadcast_modulate", name, precision, calls(*case))
-        for name, case in MODULATE_CASES.items()
+        StaticCase(op, case.name, precision, partial(_recorded_by, module, case))
+        for case in known
         for precision in ("bf16", "fp32")
     ]
 
 
-def broadcast_linear() -> list[StaticCase]:
-    """The cases of bench/broadcast_linear.py."""
-    from broadcast_linear import CASES, LinearCase
-
-    def calls(case: LinearCase) -> Callable[[Any, torch.dtype], None]:
-        def run(launcher: Any, dtype: torch.dtype) -> None:
-            middle = (case.M,) if case.M > 1 else ()
-            x = meta(case.B, case.K, *middle, case.Cx, dtype=dtype)
-            g, bias = meta(case.B, case.Cg, dtype=dtype), meta(case.Co, dtype=dtype)
-            weight = meta(case.Co, case.Cx + (case.Cg if case.combine == "cat" else 0), dtype=dtype)
-            options = (case.activation or "", case.combine)
-            y = launcher.launch_forward(x, g, weight, bias, *options)
-            launcher.launch_backward(
-                y, x, g, weight, *options, need_x=True, need_g=True, need_weight=True, need_bias=True
-            )
-
-        return run
-
-    return [
-        StaticCase("broadcast_linear", case.name, precision, calls(case))
-        for case in CASES
-        for precision in ("bf16", "fp32")
-    ]
-
-
-# name: B, K, T, A
-NOISE_CASES = {
-    "pusht": (64, 32, 16, 2),
-    "unet-10": (64, 16, 16, 10),
-    "minidiffuser": (100, 256, 1, 3),
-    "wide": (4, 8, 64, 32),
-}
-
-
-def level2_noise() -> list[StaticCase]:
-    """Every prediction and draw, in the sizes of the policies."""
-
-    def calls(B: int, K: int, T: int, A: int) -> Callable[[Any, torch.dtype], None]:
-        def run(launcher: Any, dtype: torch.dtype) -> None:
-            x0, x = meta(B, T, A, dtype=dtype), meta(B, K, T, A, dtype=dtype)
-            filled, empty = meta(B, K, T, A, dtype=torch.float32), meta(0, dtype=torch.float32)
-            seed, schedule = meta(1, dtype=torch.int64), meta(100, dtype=torch.float32)
-            for prediction in ("epsilon", "sample", "v_prediction", "flow"):
-                for drawn in (False, True):
-                    flow = prediction == "flow"
-                    times = meta(B, K, dtype=torch.float32 if flow else torch.int64)
-                    launcher.launch_forward(
-                        x0, None if flow else schedule, seed, K, 0, K, prediction, 1, drawn, drawn,
-                        x, filled if drawn else empty, filled, times,
-                    )  # fmt: skip
-
-        return run
-
-    return [
-        StaticCase("level2_noise", name, precision, calls(*case))
-        for name, case in NOISE_CASES.items()
-        for precision in ("bf16", "fp32")
-    ]
-
-
-def denoising_loss() -> list[StaticCase]:
-    """Every kind in the sizes of Push-T, mean squares in the others, with and without a mask."""
-
-    def calls(kinds: tuple[str, ...], B: int, K: int, T: int, A: int) -> Callable[[Any, torch.dtype], None]:
-        def run(launcher: Any, dtype: torch.dtype) -> None:
-            pred, target = meta(B, K, T, A, dtype=dtype), meta(B, K, T, A, dtype=torch.float32)
-            for kind in kinds:
-                for mask in (None, meta(B, 1, T, dtype=torch.bool)):
-                    loss, share = launcher.launch_forward(pred, target, mask, kind, 1.0)
-                    launcher.launch_backward(loss, pred, target, mask, share, kind, 1.0)
-
-        return run
-
-    return [
-        StaticCase(
-            "denoising_loss", name, precision, calls(("mse", "l1", "huber") if name == "pusht" else ("mse",), *case)
-        )
-        for name, case in NOISE_CASES.items()
-        for precision in ("bf16", "fp32")
-    ]
+def _recorded_by(module: ModuleType, case: Any, dtype: torch.dtype, hip: bool) -> list[Launch]:
+    return module.record(case, dtype, hip=hip)
 
 
 OPS: dict[str, Callable[[], list[StaticCase]]] = {
     "broadcast_attention": broadcast_attention,
-    "broadcast_modulate": broadcast_modulate,
-    "broadcast_linear": broadcast_linear,
-    "level2_noise": level2_noise,
-    "denoising_loss": denoising_loss,
+    **{
+        op: partial(of_bench, op)
+        for op in ("broadcast_modulate", "broadcast_linear", "level2_noise", "denoising_loss")
+    },
 }
 """Op -> its cases."""
