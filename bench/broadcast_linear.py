@@ -1,18 +1,12 @@
-"""Cases of ``minidiff_fast.ops.broadcast_linear``: what is compiled for which GPU, and its time against its peers.
+"""``python bench/run.py linear``: broadcast_linear against its peers.
 
-    python bench/broadcast_linear.py time --cases unet-512,dit-s --dtype bf16
-    python bench/broadcast_linear.py offline --targets cuda:90,hip:gfx942
-
-``time`` verifies every contestant against the float64 definition first (the error budget of CONTRIBUTING.md), then
-times forward and forward + backward in turns; medians, in milliseconds. ``offline`` compiles the launches of one
-forward and one backward pass for GPUs that are not there and prints one JSON object a line, as offline.py does.
+Verifies every contestant against the float64 definition first (the error budget of CONTRIBUTING.md), then times forward
+and forward + backward in turns; medians, in milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import statistics
 import sys
@@ -21,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from offline import compile_launch, recorded_launches
+from offline import Launch, recorded_launches
 from timing import Clock, tf32
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +23,6 @@ from torch.nn import functional as F
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 EPS = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 2.0**-23, "tf32": 2.0**-10}
 """Machine epsilon of the arithmetic; tf32 is float32 storage with TF32 products allowed."""
-TARGETS = "cuda:80,cuda:86,cuda:89,cuda:90,cuda:100,cuda:120,hip:gfx90a,hip:gfx942"
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ def time_case(case: LinearCase, dtype: str, device: torch.device, repeats: int) 
     return refused["ours"] is None
 
 
-def record(case: LinearCase, dtype: torch.dtype, *, hip: bool) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def record(case: LinearCase, dtype: torch.dtype, *, hip: bool) -> list[Launch]:
     """The launches of one forward and one backward pass of ``case``, on meta tensors."""
     from minidiff_fast.ops import _broadcast_linear_launch as launcher
 
@@ -191,52 +184,15 @@ def record(case: LinearCase, dtype: torch.dtype, *, hip: bool) -> list[tuple[Any
     return launches
 
 
-def specialisation(target: str, kernel: Any, args: tuple[Any, ...], flags: dict[str, Any]) -> tuple[Any, ...]:
-    """What Triton compiles a launch by: cases that agree in it share their machine code."""
-    kinds = [a.dtype if isinstance(a, Tensor) else (1 if a == 1 else a % 16 == 0) for a in args]
-    return target, kernel.__name__, tuple(map(str, kinds)), tuple(sorted(flags.items()))
-
-
-def facts_of(kernel: Any, args: tuple[Any, ...], flags: dict[str, Any], target: str) -> dict[str, Any]:
-    """The facts of one launch, or why there are none."""
-    try:
-        facts = {**compile_launch(kernel, args, flags, target), "error": None}
-    except Exception as problem:  # a compiler's failure is a result here, not the end of the run
-        return {"shared": 0, "shared_limit": 0, "error": f"does not compile: {problem!r}"}
-    if facts["shared"] > facts["shared_limit"]:
-        facts["error"] = f"shared memory {facts['shared']} bytes over the limit of {facts['shared_limit']}"
-    return facts
-
-
-def offline(cases: list[LinearCase], dtypes: list[str], targets: list[str]) -> bool:
-    """Compile and print; False when a launch does not compile or does not fit."""
-    fine = True
-    compiled: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for case, dtype, target in itertools.product(cases, dtypes, targets):
-        with tf32(dtype == "tf32"):
-            launches = record(case, DTYPES[dtype], hip=target.startswith("hip"))
-        for kernel, args, flags in launches:
-            key = specialisation(target, kernel, args, flags)
-            if key not in compiled:
-                compiled[key] = facts_of(kernel, args, flags, target)
-            config = {name: value for name, value in flags.items() if name.startswith(("BLOCK", "num_"))}
-            row = {"case": case.name, "dtype": dtype, "kernel": kernel.__name__, "target": target, "config": config}
-            fine = fine and compiled[key]["error"] is None
-            print(json.dumps({**row, **compiled[key]}), flush=True)
-    return fine
-
-
 def main(argv: list[str] | None = None) -> int:
     """0; 1 when ours is wrong or a launch does not fit; 2 for a wrong option."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("time", "offline"))
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
-    parser.add_argument("--dtype", help="out of bf16, fp16, fp32, tf32; default: bf16,fp32 (time on a CPU: fp32)")
-    parser.add_argument("--targets", default=TARGETS)
+    parser.add_argument("--dtype", help="out of bf16, fp16, fp32, tf32; default: bf16,fp32 (on a CPU: fp32)")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
-    dtypes = (options.dtype or ("fp32" if options.what == "time" and not cuda else "bf16,fp32")).split(",")
+    dtypes = (options.dtype or ("bf16,fp32" if cuda else "fp32")).split(",")
     names = options.cases.split(",")
     known = {case.name: case for case in CASES}
     for option, given, there in (("--cases", names, known), ("--dtype", dtypes, DTYPES)):
@@ -246,8 +202,6 @@ def main(argv: list[str] | None = None) -> int:
     cases = [known[name] for name in names]
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter has no machine code and is never timed; unset it")
-    if options.what == "offline":
-        return int(not offline(cases, dtypes, options.targets.split(",")))
     device = torch.device("cuda" if cuda else "cpu")
     return int(not all([time_case(case, dtype, device, options.repeats) for dtype in dtypes for case in cases]))
 

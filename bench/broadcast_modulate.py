@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from cases import Pass, Work
 from harness import DTYPES, INPUT_SETS, Reason, Settings, context_lost, ours_failed
+from offline import Launch, recorded_launches
 from peers import Peer
 from timing import Run
 from torch import Tensor
@@ -25,7 +26,7 @@ from verify import Truth, truth_of
 
 __all__ = [
     "DTYPES", "NAME", "Bench", "Cell", "Settings", "case_names", "context_lost", "ours_failed", "peer_names", "plan",
-    "record_launches", "render", "select_peers",
+    "record", "render", "select_peers",
 ]  # fmt: skip
 
 NAME = "modulate"
@@ -334,8 +335,6 @@ def render(key: str, result: dict[str, Any]) -> str:
 
 def record(case: ModulateCase, dtype: torch.dtype, *, hip: bool) -> list[Launch]:
     """The launches (kernel, arguments, flags) of one forward and one backward pass of ``case``, on meta tensors."""
-    from offline import recorded_launches
-
     from minidiff_fast.ops import _broadcast_modulate_launch as launcher
 
     made = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in case.shapes().items()}

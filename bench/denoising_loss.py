@@ -1,7 +1,4 @@
-"""Cases of ``minidiff_fast.ops.denoising_loss``, its peers, and its kernels compiled for GPUs that are not there.
-
-    python bench/denoising_loss.py time --cases pusht,minidiffuser --device cpu
-    python bench/denoising_loss.py offline --targets cuda:90,hip:gfx942
+"""``python bench/run.py loss``: denoising_loss against its peers.
 
 ``eager`` is how policies write it: float32 copies, ``mse_loss(reduction="none")``, the mask multiplied on, means.
 Before a time is taken, the loss and the gradient must be within the error budget of the float64 definition.
@@ -17,8 +14,8 @@ from typing import Any, NamedTuple
 
 import small_ops
 import torch
-from offline import recorded_launches
-from small_ops import EPS, Contestant, Launches, why_not_ours
+from offline import Launch, recorded_launches
+from small_ops import EPS, Contestant, why_not_ours
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -131,7 +128,7 @@ def refusal(contestant: Contestant, p: Prepared) -> str | None:
     return None
 
 
-def record(case: LossCase, dtype: torch.dtype, *, hip: bool) -> Launches:
+def record(case: LossCase, dtype: torch.dtype, *, hip: bool) -> list[Launch]:
     """The launches of one forward and one backward pass of ``case``, on meta tensors."""
     from minidiff_fast.ops import _denoising_loss_launch as launcher
 
@@ -153,5 +150,6 @@ def run(device: torch.device, budget: float, **options: Any) -> list[dict]:
     return small_ops.run(sys.modules[__name__], device, budget, **options)
 
 
-if __name__ == "__main__":
-    sys.exit(small_ops.main(sys.modules[__name__]))
+def main(argv: list[str] | None = None) -> int:
+    """Time; the exit code."""
+    return small_ops.main(sys.modules[__name__], argv)

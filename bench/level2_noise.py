@@ -1,7 +1,4 @@
-"""Cases of ``minidiff_fast.ops.level2_noise``, its peers, and its kernel compiled for GPUs that are not there.
-
-    python bench/level2_noise.py time --cases pusht,minidiffuser --device cpu
-    python bench/level2_noise.py offline --targets cuda:90,hip:gfx942
+"""``python bench/run.py noise``: level2_noise against its peers.
 
 ``eager`` is how policies write it: every action repeated K times, ``torch.randint``, ``torch.randn_like``, a gather and
 the scheduler's arithmetic; ``expand`` is the same without the repetition; ``randn`` draws the normals and does nothing
@@ -19,8 +16,8 @@ from typing import Any, NamedTuple
 
 import small_ops
 import torch
-from offline import recorded_launches
-from small_ops import EPS, Contestant, Launches, why_not_ours
+from offline import Launch, recorded_launches
+from small_ops import EPS, Contestant, why_not_ours
 from torch import Tensor
 
 STEPS = 100
@@ -157,7 +154,7 @@ def refusal(contestant: Contestant, p: Prepared) -> str | None:
     return None
 
 
-def record(case: NoiseCase, dtype: torch.dtype, *, hip: bool) -> Launches:
+def record(case: NoiseCase, dtype: torch.dtype, *, hip: bool) -> list[Launch]:
     """The launch of ``case`` on meta tensors."""
     from minidiff_fast.ops import _level2_noise_launch as launcher
     from minidiff_fast.ops._level2_noise_op import empty_outputs
@@ -182,5 +179,6 @@ def run(device: torch.device, budget: float, **options: Any) -> list[dict]:
     return small_ops.run(sys.modules[__name__], device, budget, **options)
 
 
-if __name__ == "__main__":
-    sys.exit(small_ops.main(sys.modules[__name__]))
+def main(argv: list[str] | None = None) -> int:
+    """Time; the exit code."""
+    return small_ops.main(sys.modules[__name__], argv)

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -31,6 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 SUITES = {"attention": "broadcast_attention", "modulate": "broadcast_modulate"}
 """Suite -> module of this folder with ``NAME, DTYPES, Settings, Bench, plan, render, ...``."""
+OTHERS = {
+    "linear": "broadcast_linear", "noise": "level2_noise", "loss": "denoising_loss", "step": "step", "static": "static",
+}  # fmt: skip
+"""Suite -> module of this folder with options and a ``main`` of its own."""
 IDENTITY = (
     "suite", "schema", "device", "scale", "peers", "repeats", "threads", "versions", "commit", "source",
     "impl_override",
@@ -249,8 +254,11 @@ def setup(arguments: argparse.Namespace) -> tuple[ModuleType, Any, list[Any], Pa
 def main(argv: list[str] | None = None) -> int:
     """Run; the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["static"]:
-        return importlib.import_module("static").main(words[1:])
+    if words[:1] and words[0] in OTHERS:
+        return importlib.import_module(OTHERS[words[0]]).main(words[1:])
+    several = list(itertools.takewhile(SUITES.__contains__, words))
+    if len(several) > 1:  # one after the other, each with the options that follow
+        return max(main([suite, *words[len(several) :]]) for suite in several)
     started = time.perf_counter()
     try:
         arguments = parse(argv)

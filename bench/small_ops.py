@@ -1,4 +1,4 @@
-"""What the benches of the small ops share: interleaved medians, a table, launches compiled offline, a command line.
+"""What the benches of the small ops share: interleaved medians, a table, a command line.
 
 A bench module has ``CASES`` (name -> case with ``name``), ``contestants(device)``, ``prepare(case, dtype, device)``,
 ``refusal(contestant, prepared)``, ``record(case, dtype, hip=...)``; see bench/level2_noise.py.
@@ -7,8 +7,6 @@ A bench module has ``CASES`` (name -> case with ``name``), ``contestants(device)
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from offline import compile_launch
 from timing import Clock, first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
-TARGETS = "cuda:80,cuda:86,cuda:89,cuda:90,cuda:100,cuda:120,hip:gfx90a,hip:gfx942"
 MIN_ROUNDS = 3
-Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -147,29 +142,21 @@ def run(
 
 
 def main(suite: ModuleType, argv: Sequence[str] | None = None) -> int:
-    """``time`` or ``offline``; 0, or 1 when ours was refused or does not compile, 2 for a wrong option."""
+    """Time; 0, or 1 when ours was refused or broke, 2 for a wrong option."""
     parser = argparse.ArgumentParser(description=(suite.__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("time", "offline"))
     parser.add_argument("--cases", default=",".join(suite.CASES))
-    parser.add_argument("--dtype", help="out of fp32, bf16; default: both (time on a CPU: fp32)")
+    parser.add_argument("--dtype", help="out of fp32, bf16; default: both (on a CPU: fp32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--targets", default=TARGETS)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds")
     options = parser.parse_args(argv)
-    cases, targets = options.cases.split(","), options.targets.split(",")
+    cases = options.cases.split(",")
     dtypes = options.dtype.split(",") if options.dtype else None
     for option, given, known in (("--cases", cases, suite.CASES), ("--dtype", dtypes or (), DTYPES)):
         unknown = [name for name in given if name not in known]
         if unknown:
             parser.error(f"{option}: unknown {unknown[0]!r}; there are: {', '.join(known)}")
-    if options.what == "time":
-        device = torch.device(options.device)
-        cells = run(suite, device, options.budget, cases=cases, dtypes=dtypes, repeats=options.repeats)
-        failed = [
-            r for c in cells for r in c["contestants"].values() if r["ours"] and r["status"] in ("refused", "error")
-        ]
-        return int(bool(failed))
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: the interpreter has no machine code; unset it")
-    return int(any(row["error"] for row in compile_rows(suite, cases, dtypes or list(DTYPES), targets)))
+    device = torch.device(options.device)
+    cells = run(suite, device, options.budget, cases=cases, dtypes=dtypes, repeats=options.repeats)
+    failed = [r for c in cells for r in c["contestants"].values() if r["ours"] and r["status"] in ("refused", "error")]
+    return int(bool(failed))

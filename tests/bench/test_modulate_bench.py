@@ -120,11 +120,11 @@ def test_launches_are_recorded_without_a_device(bench: Modules) -> None:
     launcher = importlib.import_module("minidiff_fast.ops._broadcast_modulate_launch")
     before = launcher.kernels._broadcast_modulate_fwd_kernel, launcher.HIP
     for name, kernels in [("unet-image-2048", ["fwd", "bwd"]), ("minidiffuser-film-72", ["fwd", "bwd"])]:
-        launches = bench.suite.record_launches(bench.suite.CASES[name], torch.bfloat16, hip=True)
+        launches = bench.suite.record(bench.suite.CASES[name], torch.bfloat16, hip=True)
         assert [kernel.__name__ for kernel, _, _ in launches] == [f"_broadcast_modulate_{k}_kernel" for k in kernels]
         for kernel, args, flags in launches:
             assert set(kernel.arg_names) == {*kernel.arg_names[: len(args)], *flags} - {"num_warps"}
     wide = replace(bench.suite.CASES["dit-adaln-1536-T16"], C=8192)
-    launches = bench.suite.record_launches(wide, torch.float32, hip=False)
+    launches = bench.suite.record(wide, torch.float32, hip=False)
     assert [kernel.__name__.split("modulate_")[1] for kernel, _, _ in launches] == ["fwd_kernel", "bwd_sums_kernel", "bwd_kernel"]  # fmt: skip
     assert before == (launcher.kernels._broadcast_modulate_fwd_kernel, launcher.HIP)
