@@ -72,7 +72,7 @@ def choose_config(
     if transform and element_size == 4 and block_d > 64:
         largest_n = 16
     wide_on_hip = hip and kernel == "dq" and block_d > 128
-    if wide_on_hip:
+    if wide_on_hip or (hip and kernel == "dkdv" and block_d > 64):
         largest_n = 16
     # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
     largest_p = largest_n
