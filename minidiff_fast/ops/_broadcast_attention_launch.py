@@ -373,7 +373,7 @@ def _transform_tiles(problem: _Problem, x: Tensor) -> _TransformTiles:
     pairs = -(-heads * width // 2) if full_width else -(-width // 2)
     block_pairs = 1 << max(pairs - 1, 1).bit_length()
     rows = math.prod(x.shape[:3]) * (1 if full_width else heads)
-    return _TransformTiles(rows, 1 if full_width else heads, max(1, min(64, 1024 // block_pairs)), block_pairs)
+    return _TransformTiles(rows, 1 if full_width else heads, max(1, min(32, 512 // block_pairs)), block_pairs)
 
 
 def _transform_flags(problem: _Problem, x: Tensor, tiles: _TransformTiles, *, own: bool) -> dict[str, object]:
