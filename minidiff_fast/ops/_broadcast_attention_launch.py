@@ -17,7 +17,7 @@ from minidiff_fast.ops.rotary import Rotary
 LOG2_E = math.log2(math.e)
 HIP = torch.version.hip is not None
 WIDEST_TURN_ON_LOAD = 64
-"""Own keys of wider heads are turned in a pass before: a tile of them, their partners, sines and cosines do not fit into
+"""Own keys of wider heads are turned in a pass before: a tile of them, of partners, sines and cosines does not fit into
 registers beside the accumulators."""
 MOST_PARTIALS = 1024
 """Programs that the pass over dq is shared by: enough for every device, few enough to sum their partials quickly."""
@@ -69,16 +69,24 @@ def choose_config(
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
         largest_m, largest_n = (64 if forward and not dropout else 32), 32
+    if transform and element_size == 4 and block_d > 64:
+        largest_n = 16
+    wide_on_hip = hip and kernel == "dq" and block_d > 128
+    if wide_on_hip or (hip and kernel == "dkdv" and block_d > 64):
+        largest_n = 16
     # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
     largest_p = largest_n
-    if own_rope:
-        largest_p = 16 if hip and kernel == "dq" else max(16, largest_n // 2)
-        largest_n = largest_p if kernel == "dkdv" else largest_n
+    if own_rope and kernel == "dkdv":
+        largest_n = max(16, largest_n // 2)
+    elif own_rope:
+        largest_p = 16
     block_m, block_n = _tile(rows, largest_m), _tile(keys, largest_n)
     block_p = _tile(own_span, largest_p)
     # Four warps cannot hold these tiles of logits and their accumulators without spilling registers.
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     num_warps = 8 if crowded or block_m * block_d >= 64 * 128 or (element_size == 4 and block_d >= 64) else 4
+    if wide_on_hip and element_size == 4:
+        num_warps = 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and dropout)
     num_stages = 1 if unpipelined else 2
@@ -366,7 +374,7 @@ def _transform_tiles(problem: _Problem, x: Tensor) -> _TransformTiles:
     pairs = -(-heads * width // 2) if full_width else -(-width // 2)
     block_pairs = 1 << max(pairs - 1, 1).bit_length()
     rows = math.prod(x.shape[:3]) * (1 if full_width else heads)
-    return _TransformTiles(rows, 1 if full_width else heads, max(1, min(64, 1024 // block_pairs)), block_pairs)
+    return _TransformTiles(rows, 1 if full_width else heads, max(1, min(32, 512 // block_pairs)), block_pairs)
 
 
 def _transform_flags(problem: _Problem, x: Tensor, tiles: _TransformTiles, *, own: bool) -> dict[str, object]:
