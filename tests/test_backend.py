@@ -78,3 +78,11 @@ def test_why_not_triton_says_the_reason_and_the_cure(monkeypatch):
     assert "xpu" in backend.why_not_triton(torch.device("xpu"), F32)
     monkeypatch.setattr(backend, "_installed", lambda package: False)
     assert "pip install triton" in backend.why_not_triton(CUDA, F32)
+
+
+def test_why_not_native_says_the_reason(monkeypatch):
+    assert "not on 'cuda'" in backend.why_not_native(CUDA, F32)
+    assert "torch.float16" in backend.why_not_native(CPU, torch.float16)
+    monkeypatch.setattr(backend.native, "why_missing", lambda: "it was not built")
+    assert backend.why_not_native(CPU, F32) == "it was not built"
+    assert "it was not built" in backend.why_not_native(CPU, torch.bfloat16)
