@@ -173,8 +173,7 @@ def _recorded_by(module: ModuleType, case: Any, dtype: torch.dtype, hip: bool) -
 OPS: dict[str, Callable[[], list[StaticCase]]] = {
     "broadcast_attention": broadcast_attention,
     **{
-        op: partial(of_bench, op)
-        for op in ("broadcast_modulate", "broadcast_linear", "level2_noise", "denoising_loss")
+        op: partial(of_bench, op) for op in ("broadcast_modulate", "broadcast_linear", "level2_noise", "denoising_loss")
     },
 }
 """Op -> its cases."""

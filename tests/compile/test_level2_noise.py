@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 COMPILE = """
 import json, re, sys
+from dataclasses import asdict
 sys.path.insert(0, sys.argv[1])
 import torch, triton
 from level2_noise import CASES, record
@@ -26,7 +27,7 @@ target = sys.argv[2]
 for name in ("pusht", "pusht-v-both", "smolvla-flow"):
     for dtype in (torch.bfloat16, torch.float32):
         for kernel, args, flags in record(CASES[name], dtype, hip=target.startswith("hip")):
-            row = compile_launch(kernel, args, flags, target)
+            row = asdict(compile_launch((kernel, args, flags), target))
             code = kept[-1].asm["ptx" if target.startswith("cuda") else "amdgcn"]
             def count(pattern):
                 return len(re.findall(pattern, code))

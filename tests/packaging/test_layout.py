@@ -191,7 +191,6 @@ def defines(path: Path, name: str) -> bool:
 def operations() -> set[str]:
     """Every op: a kernel file, a native file, or a module of ops/ with a function of the same name."""
     native = stems(ROOT / "csrc" / "cpu", "*.cpp") | stems(ROOT / "csrc" / "cuda", "*.cu")
-    native = {stem.removesuffix("_avx2") for stem in native}  # the same op for processors with AVX2
     named = {stem for stem in stems(PACKAGE / "ops", "*.py") if defines(PACKAGE / "ops" / f"{stem}.py", stem)}
     native = {stem.removesuffix("_avx2") for stem in native}  # the same op for processors with AVX2
     return named | stems(ROOT / "kernels", "*.py") | (native - {"build_info"})
