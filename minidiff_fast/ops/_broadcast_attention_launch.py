@@ -64,7 +64,7 @@ def choose_config(
     if element_size == 4:  # exact float32 products run on the ordinary cores, out of registers
         largest_m, largest_n = (32, 32) if block_d <= 64 else (16, 32) if block_d <= 128 else (16, 16)
     elif block_d <= 64:
-        largest_m, largest_n = (128 if forward else 64), 64
+        largest_m, largest_n = (128 if forward else 64), (32 if kernel == "dkdv" and block_d == 16 else 64)
     elif block_d <= 128:
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
@@ -83,7 +83,11 @@ def choose_config(
     crowded = block_m >= 128 if forward else block_m * block_n >= 64 * 64
     crowded = crowded or block_m * block_d >= 64 * 128
     if element_size == 4:
-        crowded = kernel == "dq" and block_d == 64
+        crowded = {
+            "forward": block_d >= 128 or (transform and block_d == 16),
+            "dq": block_d in (64, 256),
+            "dkdv": block_d >= 64 or block_m * block_n >= 32 * 32,
+        }[kernel]
     # ROCm: a wave has 64 lanes, and four of them may use 512 registers a lane, eight only 256.
     num_warps = 8 if crowded and not hip else 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.

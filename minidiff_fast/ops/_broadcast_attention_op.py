@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from minidiff_fast.ops._eager import eager_function
 from minidiff_fast.ops._query_transform import QueryNorm, QueryTransform
 from minidiff_fast.ops.rotary import Rotary, RotaryPositions
 
@@ -16,8 +18,7 @@ LAUNCHERS = {"triton": "launch", "native": "native"}
 """Per implementation the end of the name of the module with its ``launch_forward`` and ``launch_backward``."""
 
 
-@torch.library.custom_op("minidiff_fast::broadcast_attention_fwd", mutates_args=())
-def broadcast_attention_fwd(
+def _run_forward(
     q: Tensor,  # [B, K, T, H, D]
     k: Tensor,  # [B, S, Hkv, D], or packed [N, Hkv, D]
     v: Tensor,  # [B, S, Hkv, D], or packed [N, Hkv, D]
@@ -73,6 +74,11 @@ def _launcher(impl: str) -> ModuleType:
     return importlib.import_module(f"minidiff_fast.ops._broadcast_attention_{LAUNCHERS[impl]}")
 
 
+broadcast_attention_fwd = torch.library.custom_op(
+    "minidiff_fast::broadcast_attention_fwd", _run_forward, mutates_args=()
+)
+
+
 @broadcast_attention_fwd.register_fake
 def _(q, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed, own_causal, dropout_p, scale, impl, *transform):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -80,8 +86,7 @@ def _(q, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed, own_causal, dropou
     return q.new_empty(q.shape), lse, correction
 
 
-@torch.library.custom_op("minidiff_fast::broadcast_attention_bwd", mutates_args=())
-def broadcast_attention_bwd(
+def _run_backward(
     dout: Tensor,  # [B, K, T, H, D]
     dlse: Tensor,  # [B, K, T, H]
     q: Tensor,
@@ -123,6 +128,11 @@ def broadcast_attention_bwd(
     return gradients if transform else (*gradients, q.new_empty(0), q.new_empty(0))
 
 
+broadcast_attention_bwd = torch.library.custom_op(
+    "minidiff_fast::broadcast_attention_bwd", _run_backward, mutates_args=()
+)
+
+
 @broadcast_attention_bwd.register_fake
 def _(  # type: ignore[no-untyped-def]
     dout, dlse, q, k, v, own_k, own_v, out, lse, lse_correction, lengths, cu_seqlens, mask, seed, own_causal, dropout_p,
@@ -144,14 +154,14 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(q, k, v, own_k, own_v, *output, lengths, cu_seqlens, mask, seed, *positions_and_norm)
 
 
-def _backward(ctx, dout, dlse, _):  # type: ignore[no-untyped-def]
+def _backward(run, ctx, dout, dlse, _):  # type: ignore[no-untyped-def]
     q, k, v, own_k, own_v, out, lse, lse_correction, lengths, cu_seqlens, mask, seed, *rest = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     needs = (*ctx.needs_input_grad, *[False] * 17)[:17]  # the dispatcher drops trailing defaults
     need_shared, need_own = needs[1] or needs[2], needs[3] or needs[4]
     need_q = needs[0] or needs[15] or needs[16]  # the norm's parameters get theirs in the pass over dq
-    gradients = broadcast_attention_bwd(
+    gradients = run(
         dout, dlse, q, k, v, own_k, own_v, out, lse, lse_correction, lengths, cu_seqlens, mask, seed,
         *ctx.numbers, need_q, need_shared, need_own, *rest, *ctx.recipe,
     )  # fmt: skip
@@ -161,4 +171,7 @@ def _backward(ctx, dout, dlse, _):  # type: ignore[no-untyped-def]
     return dq, dk, dv, down_k, down_v, *[None] * 10, dweight, dbias, *[None] * 4
 
 
-broadcast_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+broadcast_attention_fwd.register_autograd(partial(_backward, broadcast_attention_bwd), setup_context=_setup_context)
+broadcast_attention_eager = eager_function(
+    "BroadcastAttention", _run_forward, _setup_context, partial(_backward, _run_backward)
+)

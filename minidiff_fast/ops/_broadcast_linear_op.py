@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from minidiff_fast.ops._eager import eager_function
 
 LAUNCHERS = {"triton": "launch"}
 """Per implementation the end of the name of the module with its ``launch_forward`` and ``launch_backward``."""
@@ -17,8 +20,7 @@ def _launcher(impl: str) -> ModuleType:
     return importlib.import_module(f"minidiff_fast.ops._broadcast_linear_{LAUNCHERS[impl]}")
 
 
-@torch.library.custom_op("minidiff_fast::broadcast_linear_fwd", mutates_args=())
-def broadcast_linear_fwd(
+def _run_forward(
     x: Tensor,  # [B, K, ..., Cx]
     g: Tensor,  # [B, Cg]
     weight: Tensor,  # [Co, Cx + Cg] or [Co, C]
@@ -31,13 +33,15 @@ def broadcast_linear_fwd(
     return _launcher(impl).launch_forward(x, g, weight, bias, activation, combine)
 
 
+broadcast_linear_fwd = torch.library.custom_op("minidiff_fast::broadcast_linear_fwd", _run_forward, mutates_args=())
+
+
 @broadcast_linear_fwd.register_fake
 def _(x, g, weight, bias, activation, combine, impl):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("minidiff_fast::broadcast_linear_bwd", mutates_args=())
-def broadcast_linear_bwd(
+def _run_backward(
     dy: Tensor,  # [B, K, ..., Co]
     x: Tensor,
     g: Tensor,
@@ -57,6 +61,9 @@ def broadcast_linear_bwd(
     )  # fmt: skip
 
 
+broadcast_linear_bwd = torch.library.custom_op("minidiff_fast::broadcast_linear_bwd", _run_backward, mutates_args=())
+
+
 @broadcast_linear_bwd.register_fake
 def _(dy, x, g, weight, activation, combine, impl, need_x, need_g, need_weight, need_bias):  # type: ignore[no-untyped-def]
     def like(shape, needed):  # type: ignore[no-untyped-def]
@@ -72,10 +79,13 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, g, weight)
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(run, ctx, dy):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad[:4]
-    gradients = broadcast_linear_bwd(dy, *ctx.saved_tensors, ctx.activation, ctx.combine, ctx.impl, *needs)
+    gradients = run(dy, *ctx.saved_tensors, ctx.activation, ctx.combine, ctx.impl, *needs)
     return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
-broadcast_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+broadcast_linear_fwd.register_autograd(partial(_backward, broadcast_linear_bwd), setup_context=_setup_context)
+broadcast_linear_eager = eager_function(
+    "BroadcastLinear", _run_forward, _setup_context, partial(_backward, _run_backward)
+)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from minidiff_fast.ops._eager import eager_function
 
 LAUNCHERS = {"triton": "launch", "native": "native"}
 """Per implementation the end of the name of the module with its ``launch_forward`` and ``launch_backward``."""
@@ -17,8 +20,7 @@ def _launcher(impl: str) -> ModuleType:
     return importlib.import_module(f"minidiff_fast.ops._broadcast_modulate_{LAUNCHERS[impl]}")
 
 
-@torch.library.custom_op("minidiff_fast::broadcast_modulate_fwd", mutates_args=())
-def broadcast_modulate_fwd(
+def _run_forward(
     x: Tensor,  # [B, K, T, C], channels_first: [B, K, C, T]
     shift: Tensor | None,  # [B, C]
     scale: Tensor | None,  # [B, C]
@@ -45,6 +47,9 @@ def broadcast_modulate_fwd(
     )  # fmt: skip
 
 
+broadcast_modulate_fwd = torch.library.custom_op("minidiff_fast::broadcast_modulate_fwd", _run_forward, mutates_args=())
+
+
 @broadcast_modulate_fwd.register_fake
 def _(  # type: ignore[no-untyped-def]
     x, shift, scale, gate, own_shift, own_scale, own_gate, residual, weight, bias,
@@ -65,8 +70,7 @@ def statistics_shapes(
     return ((0,) if norm == "rms" else full), full
 
 
-@torch.library.custom_op("minidiff_fast::broadcast_modulate_bwd", mutates_args=())
-def broadcast_modulate_bwd(
+def _run_backward(
     dy: Tensor,  # like x
     x: Tensor,  # [B, K, T, C], channels_first: [B, K, C, T]
     shift: Tensor | None,  # [B, C]
@@ -97,6 +101,11 @@ def broadcast_modulate_bwd(
     )  # fmt: skip
 
 
+broadcast_modulate_bwd = torch.library.custom_op(
+    "minidiff_fast::broadcast_modulate_bwd", _run_backward, mutates_args=()
+)
+
+
 @broadcast_modulate_bwd.register_fake
 def _(  # type: ignore[no-untyped-def]
     dy, x, shift, scale, gate, own_shift, own_scale, own_gate, weight, bias, mean, rstd,
@@ -119,17 +128,20 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tensors[:RESIDUAL], *tensors[RESIDUAL + 1 :], mean, rstd)
 
 
-def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(run, ctx, dy, *_):  # type: ignore[no-untyped-def]
     saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:10]
     need = [*wanted[:RESIDUAL], *wanted[RESIDUAL + 1 :]]
     if dy is None:
         dy = torch.zeros_like(saved[0])
     gradients: list[Tensor | None] = [None] * 9
     if any(need):
-        made = broadcast_modulate_bwd(dy, *saved, *ctx.options, need)
+        made = run(dy, *saved, *ctx.options, need)
         gradients = [gradient if asked else None for gradient, asked in zip(made, need, strict=True)]
     residual = dy if wanted[RESIDUAL] else None
     return *gradients[:RESIDUAL], residual, *gradients[RESIDUAL:], *[None] * 8
 
 
-broadcast_modulate_fwd.register_autograd(_backward, setup_context=_setup_context)
+broadcast_modulate_fwd.register_autograd(partial(_backward, broadcast_modulate_bwd), setup_context=_setup_context)
+broadcast_modulate_eager = eager_function(
+    "BroadcastModulate", _run_forward, _setup_context, partial(_backward, _run_backward)
+)

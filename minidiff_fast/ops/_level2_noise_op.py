@@ -11,8 +11,7 @@ LAUNCHERS = {"triton": "launch", "native": "native"}
 """Per implementation the end of the name of the module with its ``launch_forward``."""
 
 
-@torch.library.custom_op("minidiff_fast::level2_noise_fwd", mutates_args=())
-def level2_noise_fwd(
+def level2_noise_eager(
     x0: Tensor,  # [B, T, A]
     schedule: Tensor | None,  # [steps]
     seed: Tensor,  # [1]
@@ -46,6 +45,9 @@ def empty_outputs(
     target = x0.new_empty(shape if prediction in ("v_prediction", "flow") else (0,), dtype=torch.float32)
     times = x0.new_empty(shape[:2], dtype=torch.float32 if prediction == "flow" else torch.int64)
     return x, noise, target, times
+
+
+level2_noise_fwd = torch.library.custom_op("minidiff_fast::level2_noise_fwd", level2_noise_eager, mutates_args=())
 
 
 @level2_noise_fwd.register_fake

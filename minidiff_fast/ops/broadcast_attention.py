@@ -13,7 +13,8 @@ from torch import Tensor
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.ops import _broadcast_attention_flash as flash
-from minidiff_fast.ops._broadcast_attention_op import broadcast_attention_fwd
+from minidiff_fast.ops._broadcast_attention_op import broadcast_attention_eager, broadcast_attention_fwd
+from minidiff_fast.ops._eager import watched
 from minidiff_fast.ops._query_transform import QueryNorm, check_transform, transformed_reference
 from minidiff_fast.ops.philox import dropout_threshold, philox_4x32
 from minidiff_fast.ops.rotary import RotaryPositions
@@ -148,7 +149,8 @@ def broadcast_attention(
         return flash.attend(q, k, v, cu_seqlens, scale)
     mask = None if mask is None else _explicit_mask(mask, q.shape[0], q.shape[2])
     rotary = None if rope is None else rope.rotary
-    out, lse, _ = broadcast_attention_fwd(
+    run = broadcast_attention_fwd if watched(q, k, v, own_k, own_v) else broadcast_attention_eager
+    out, lse, _ = run(
         q, k, v, own_k, own_v, lengths, cu_seqlens, mask, seed if dropout_p > 0.0 else None,
         own_causal, float(dropout_p), scale, chosen,
         None if rope is None else rope.q_positions,

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.ops._broadcast_linear_op import broadcast_linear_fwd
+from minidiff_fast.ops._broadcast_linear_op import broadcast_linear_eager, broadcast_linear_fwd
+from minidiff_fast.ops._eager import watched
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_linear"
@@ -89,7 +90,8 @@ def broadcast_linear(
     chosen = backend.resolve(BACKENDS, impl, x.device, x.dtype)
     if chosen == "reference":
         return broadcast_linear_reference(x, g, weight, bias, activation=activation, combine=combine)
-    return broadcast_linear_fwd(x, g, weight, bias, activation or "", combine, chosen)
+    run = broadcast_linear_fwd if watched(x, g, weight, bias) else broadcast_linear_eager
+    return run(x, g, weight, bias, activation or "", combine, chosen)
 
 
 def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.ops._broadcast_modulate_op import broadcast_modulate_fwd
+from minidiff_fast.ops._broadcast_modulate_op import broadcast_modulate_eager, broadcast_modulate_fwd
+from minidiff_fast.ops._eager import watched
 from minidiff_fast.shapes import check_same, check_shape, describe
 
 NAME = "broadcast_modulate"
@@ -111,7 +112,9 @@ def broadcast_modulate(
             residual=residual, norm=norm, weight=weight, bias=bias, num_groups=num_groups, eps=eps,
             activation=activation, activation_at=activation_at, form=form, channels_first=channels_first,
         )  # fmt: skip
-    y, _, _ = broadcast_modulate_fwd(
+    unwatched = not watched(x, shift, scale, gate, own_shift, own_scale, own_gate, residual, weight, bias)
+    run = broadcast_modulate_eager if unwatched else broadcast_modulate_fwd
+    y, _, _ = run(
         x, shift, scale, gate, own_shift, own_scale, own_gate, residual, weight, bias,
         norm or "", num_groups or 0, float(eps), activation or "", activation_at, form, channels_first, chosen,
     )  # fmt: skip

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.ops._denoising_loss_op import denoising_loss_fwd
+from minidiff_fast.ops._denoising_loss_op import denoising_loss_eager, denoising_loss_fwd
+from minidiff_fast.ops._eager import watched
 from minidiff_fast.shapes import check_shape, describe
 
 NAME = "denoising_loss"
@@ -72,7 +73,8 @@ def denoising_loss(
         return denoising_loss_reference(
             pred, target, weight=weight, mask=mask, kind=kind, delta=delta, reduction=reduction
         )
-    loss, _ = denoising_loss_fwd(pred, target.detach(), mask, kind, float(delta), chosen)
+    run = denoising_loss_fwd if watched(pred, target, mask) else denoising_loss_eager
+    loss, _ = run(pred, target.detach(), mask, kind, float(delta), chosen)
     return _reduced(loss, weight, reduction)
 
 

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from minidiff_fast import backend
 from minidiff_fast.errors import InvalidArgument
-from minidiff_fast.ops._level2_noise_op import level2_noise_fwd
+from minidiff_fast.ops._eager import watched
+from minidiff_fast.ops._level2_noise_op import level2_noise_eager, level2_noise_fwd
 from minidiff_fast.ops.box_muller import rounded_sqrt, standard_normals
 from minidiff_fast.ops.philox import philox_4x32
 from minidiff_fast.shapes import check_shape, describe
@@ -132,7 +133,8 @@ def level2_noise(
             x0, num_samples, schedule=schedule, prediction=prediction, noise_at=noise_at, timesteps=timesteps,
             noise=noise, seed=seed, sample_offset=sample_offset, total_samples=total, return_noise=return_noise,
         )  # fmt: skip
-    x, eps, target, times = level2_noise_fwd(
+    run = level2_noise_fwd if watched(x0, schedule, seed) else level2_noise_eager
+    x, eps, target, times = run(
         x0, schedule, seed, num_samples, sample_offset, total, prediction, noise_at, timesteps == "stratified",
         noise == "antithetic", return_noise or prediction == "epsilon", chosen,
     )  # fmt: skip
