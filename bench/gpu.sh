@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a CUDA machine: bench/gpu.sh [--budget 9m] [--out DIR] [-- arguments of bench/run.py]
 #
-# Runs the kernel and op tests compiled for the device, then the attention suite, and writes pytest.log,
-# environment.json, attention.json and table.md to DIR (default: $OUT if set, else bench/results/<device>).
+# Runs the kernel and op tests compiled for the device, then the attention and the modulation suite, and writes
+# pytest.log, environment.json, attention.json, modulate.json and table.md to DIR (default: $OUT if set, else bench/results/<device>).
 # Needs torch, triton, numpy, einops, pytest; no network and no installation of this package.
 # Exit code: that of the tests if they failed, else that of the benchmarks.
 set -uo pipefail
@@ -101,8 +101,10 @@ fi
 left=$((seconds - (SECONDS - started) - 15))
 bench=0
 if [ "$left" -gt 0 ]; then
-    "$python" bench/run.py attention --device cuda --budget "${left}s" --out "$out" "$@"
+    "$python" bench/run.py attention --device cuda --budget "$((left * 2 / 3))s" --out "$out" "$@"
     bench=$?
+    left=$((seconds - (SECONDS - started) - 15))
+    [ "$left" -le 0 ] || "$python" bench/run.py modulate --device cuda --budget "${left}s" --out "$out" || bench=$?
 else
     echo "bench/gpu.sh: no time is left for the benchmarks" >&2
     bench=1

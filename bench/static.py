@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from offline import Facts, Launch, compile_launch
-from static_cases import OPS, StaticCase
+from static_cases import OPS, StaticCase, platform_of
 
 BUDGET = Path(__file__).resolve().parent / "static_budget.json"
 TARGETS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx90a", "hip:gfx942")
@@ -71,8 +71,8 @@ def _cases_by_name() -> dict[tuple[str, str, str], StaticCase]:
 
 
 @cache
-def _recorded(identity: tuple[str, str, str], hip: bool) -> tuple[Launch, ...]:
-    return tuple(_cases_by_name()[identity].record(hip))
+def _recorded(identity: tuple[str, str, str], platform: str) -> tuple[Launch, ...]:
+    return tuple(_cases_by_name()[identity].record(platform))
 
 
 def _configuration(launch: Launch) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ def plan(chosen: list[StaticCase], targets: list[str]) -> list[Task]:
         seen: set[tuple[Any, ...]] = set()
         labels: dict[str, int] = {}
         for case in chosen:
-            for index, launch in enumerate(_recorded(case.identity, target.startswith("hip"))):
+            for index, launch in enumerate(_recorded(case.identity, platform_of(target))):
                 configuration = _configuration(launch)
                 if configuration in seen:
                     continue
@@ -112,7 +112,7 @@ def plan(chosen: list[StaticCase], targets: list[str]) -> list[Task]:
 
 def run_task(task: Task) -> Row:
     """Compile one kernel; a compiler's failure is a result."""
-    launch = _recorded(task.case, task.target.startswith("hip"))[task.launch]
+    launch = _recorded(task.case, platform_of(task.target))[task.launch]
     try:
         return Row(task, compile_launch(launch, task.target), None)
     except Exception as problem:

@@ -25,18 +25,23 @@ class StaticCase:
     name: str
     precision: str
     """A key of PRECISIONS."""
-    launches: Callable[[torch.dtype, bool], list[Launch]]
-    """Forward and backward on meta tensors of a dtype, as a CUDA or (True) a ROCm device would see them."""
+    launches: Callable[[torch.dtype, str], list[Launch]]
+    """Forward and backward on meta tensors of a dtype, as a platform (see :func:`platform_of`) would see them."""
 
     @property
     def identity(self) -> tuple[str, str, str]:
         """Names the case among all."""
         return self.op, self.name, self.precision
 
-    def record(self, hip: bool) -> list[Launch]:
+    def record(self, platform: str) -> list[Launch]:
         """The launches in this precision."""
         with _precision(self.precision):
-            return self.launches(PRECISIONS[self.precision], hip)
+            return self.launches(PRECISIONS[self.precision], platform)
+
+
+def platform_of(target: str) -> str:
+    """What the heuristics tell apart: ``hip``, ``blackwell`` (sm_100) or ``cuda``."""
+    return "hip" if target.startswith("hip") else "blackwell" if target == "cuda:100" else "cuda"
 
 
 @contextmanager
@@ -50,12 +55,13 @@ def _precision(precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def _platform(launcher: Any, hip: bool) -> Iterator[None]:
-    was, launcher.HIP = launcher.HIP, hip
+def _platform(launcher: Any, platform: str) -> Iterator[None]:
+    was = launcher.HIP, launcher.BLACKWELL
+    launcher.HIP, launcher.BLACKWELL = platform == "hip", platform == "blackwell"
     try:
         yield
     finally:
-        launcher.HIP = was
+        launcher.HIP, launcher.BLACKWELL = was
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -110,7 +116,7 @@ def _transform(case: AttentionCase, samples: int, recipe: dict[str, Any]) -> Any
 
 def _attention(
     case: AttentionCase, dropout_p: float, recipe: dict[str, Any] | None
-) -> Callable[[torch.dtype, bool], list[Launch]]:
+) -> Callable[[torch.dtype, str], list[Launch]]:
     packed = recipe is not None and recipe.get("packed", False)
 
     def run(launcher: Any, dtype: torch.dtype) -> None:
@@ -128,10 +134,10 @@ def _attention(
             out, lse, correction = launcher.launch_forward(q, k, k, own, own, *rest)
             launcher.launch_backward(out, lse, q, k, k, own, own, out, lse, correction, *rest)
 
-    def launches(dtype: torch.dtype, hip: bool) -> list[Launch]:
+    def launches(dtype: torch.dtype, platform: str) -> list[Launch]:
         from minidiff_fast.ops import _broadcast_attention_launch as launcher
 
-        with _platform(launcher, hip), recorded_launches(launcher.kernels) as recorded:
+        with _platform(launcher, platform), recorded_launches(launcher.kernels) as recorded:
             run(launcher, dtype)
         return recorded
 
@@ -166,8 +172,8 @@ def of_bench(op: str) -> list[StaticCase]:
     ]
 
 
-def _recorded_by(module: ModuleType, case: Any, dtype: torch.dtype, hip: bool) -> list[Launch]:
-    return module.record(case, dtype, hip=hip)
+def _recorded_by(module: ModuleType, case: Any, dtype: torch.dtype, platform: str) -> list[Launch]:
+    return module.record(case, dtype, hip=platform == "hip")
 
 
 OPS: dict[str, Callable[[], list[StaticCase]]] = {

@@ -58,6 +58,20 @@ inline void gemm_tile(std::int64_t depth, const float* a, std::int64_t lda, cons
   }
 }
 
+// Sums of more terms than this are made in parts: float32's rounding grows with the length of a running sum.
+constexpr std::int64_t kDepth = 64;
+
+template <int M, int N, Layout LAYOUT, Into INTO>
+inline void gemm_rows(std::int64_t depth, const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* c,
+                      std::int64_t ldc, const V8* factor) {
+  gemm_tile<M, N, LAYOUT, INTO>(depth < kDepth ? depth : kDepth, a, lda, b, ldb, c, ldc, factor);
+  for (std::int64_t k = kDepth; k < depth; k += kDepth) {
+    const std::int64_t left = depth - k;
+    gemm_tile<M, N, LAYOUT, Into::kAdd>(left < kDepth ? left : kDepth, a + k * (LAYOUT == Layout::kPacked ? kTileRows : 1),
+                                        lda, b + k * ldb, ldb, c, ldc, nullptr);
+  }
+}
+
 // rows x 8 N of C, N = 1 or 2; a panel of A follows the one before after `stride` floats (packed), a row of A the
 // one before (rows).
 template <int N, Layout LAYOUT, Into INTO>
@@ -65,14 +79,14 @@ inline void gemm(std::int64_t rows, std::int64_t depth, const float* a, std::int
                  std::int64_t ldb, float* c, std::int64_t ldc, const V8* factor = nullptr) {
   const std::int64_t next = LAYOUT == Layout::kPacked ? stride : kTileRows * stride;
   for (; rows >= kTileRows; rows -= kTileRows, a += next, c += kTileRows * ldc) {
-    gemm_tile<kTileRows, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
+    gemm_rows<kTileRows, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
   }
   switch (rows) {
-    case 5: return gemm_tile<5, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
-    case 4: return gemm_tile<4, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
-    case 3: return gemm_tile<3, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
-    case 2: return gemm_tile<2, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
-    case 1: return gemm_tile<1, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
+    case 5: return gemm_rows<5, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
+    case 4: return gemm_rows<4, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
+    case 3: return gemm_rows<3, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
+    case 2: return gemm_rows<2, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
+    case 1: return gemm_rows<1, N, LAYOUT, INTO>(depth, a, stride, b, ldb, c, ldc, factor);
     default: return;
   }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from minidiff_fast.ops.rotary import Rotary
 
 LOG2_E = math.log2(math.e)
 HIP = torch.version.hip is not None
+BLACKWELL = False
+"""Set by who compiles for sm_100 without one; on a GPU its capability says so."""
 WIDEST_TURN_ON_LOAD = 64
 """Own keys of wider heads are turned in a pass before: a tile of them, of partners, sines and cosines does not fit into
 registers beside the accumulators."""
@@ -44,7 +47,7 @@ def _tile(size: int, largest: int) -> int:
 
 def choose_config(
     kernel: str, rows: int, keys: int, own_span: int, block_d: int, element_size: int, *, dropout: bool, hip: bool,
-    transform: bool = False, own_rope: bool = False,
+    transform: bool = False, own_rope: bool = False, blackwell: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The heuristic launch configuration.
 
@@ -59,16 +62,19 @@ def choose_config(
         hip: ROCm: 64 KiB of shared memory, so no software pipelining of large tiles.
         transform: queries are normed or rotated when they are loaded.
         own_rope: own keys are rotated when they are loaded.
+        blackwell: sm_100, where pipelined 16-bit forward tiles do not fit the registers.
     """
     forward = kernel == "forward"
     if element_size == 4:  # exact float32 products run on the ordinary cores, out of registers
         largest_m, largest_n = (32, 32) if block_d <= 64 else (16, 32) if block_d <= 128 else (16, 16)
+        if (kernel == "dkdv" and block_d <= 32) or (kernel == "dq" and block_d == 128):
+            largest_n = 16
     elif block_d <= 64:
         largest_m, largest_n = (128 if forward else 64), (32 if kernel == "dkdv" and block_d == 16 else 64)
     elif block_d <= 128:
         largest_m, largest_n = 64, (64 if forward and not dropout else 32)
     else:
-        largest_m, largest_n = (64 if forward and not dropout else 32), 32
+        largest_m, largest_n = (64 if forward and not (dropout or transform) else 32), 32
     if transform and element_size == 4 and block_d > 64:
         largest_n = 16
     # Turning own keys holds each of them, its partner, a sine and a cosine in registers beside all else.
@@ -84,16 +90,24 @@ def choose_config(
     crowded = crowded or block_m * block_d >= 64 * 128
     if element_size == 4:
         crowded = {
-            "forward": block_d >= 128 or (transform and block_d == 16),
+            "forward": block_d >= 128 or (transform and block_d in (16, 64)),
             "dq": block_d in (64, 256),
-            "dkdv": block_d >= 64 or block_m * block_n >= 32 * 32,
+            "dkdv": block_d >= 64,
         }[kernel]
+    elif kernel == "dq" and block_d > 128:
+        crowded = False
     # ROCm: a wave has 64 lanes, and four of them may use 512 registers a lane, eight only 256.
     num_warps = 8 if crowded and not hip else 4
     # Pipelining holds the next tiles' addresses in registers: too many in these.
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and (dropout or block_d > 128))
+    unpipelined = unpipelined or (blackwell and forward and block_d <= 64)
     num_stages = 1 if unpipelined else 2
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,7 @@ class _Problem:
             hip=HIP,
             transform=kernel == "forward" and (self.rope or self.norm) is not None,
             own_rope=own and self.own_rope is not None,
+            blackwell=BLACKWELL or (q.is_cuda and _capability(q.device)[0] == 10),
         )
 
     def shared_keys(self, packed: bool) -> int:
@@ -377,7 +392,7 @@ def _transform_tiles(problem: _Problem, x: Tensor) -> _TransformTiles:
     pairs = -(-heads * width // 2) if full_width else -(-width // 2)
     block_pairs = 1 << max(pairs - 1, 1).bit_length()
     rows = math.prod(x.shape[:3]) * (1 if full_width else heads)
-    return _TransformTiles(rows, 1 if full_width else heads, max(1, min(32, 512 // block_pairs)), block_pairs)
+    return _TransformTiles(rows, 1 if full_width else heads, max(1, min(16, 512 // block_pairs)), block_pairs)
 
 
 def _transform_flags(problem: _Problem, x: Tensor, tiles: _TransformTiles, *, own: bool) -> dict[str, object]:

@@ -64,7 +64,7 @@ def test_hopper_kernels_use_warp_group_products(suite):
     document = json.loads(suite.BUDGET.read_text())
     wgmma = document["columns"].index("wgmma")
     for task in suite.plan([case for case in suite.cases() if case.precision == "bf16"], ["cuda:90"]):
-        kernel, _, flags = suite._recorded(task.case, False)[task.launch]
+        kernel, _, flags = suite._recorded(task.case, "cuda")[task.launch]
         if flags.get("BLOCK_M", 0) >= 64 and flags.get("BLOCK_N", 0) >= 64 and "PRECISION" in flags:
             assert document["kernels"][task.key][wgmma] > 0, task.key
 

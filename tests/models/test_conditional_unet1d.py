@@ -402,17 +402,15 @@ def test_level2_step_trains_it_in_chunks():
             return self.unet.denoise(cache, x, t)
 
     class Objective:
-        def draw_timesteps(self, shape, *, device, generator=None):
-            return torch.randint(0, 10, shape, generator=generator)
-
         def per_sample(self, denoise, cache, batch):
             return (denoise(cache, batch.noise, batch.timesteps) - batch.noise).square().mean((2, 3))
 
     ours, _ = pair()
     policy = Policy(ours)
-    batch = Level2Batch.draw(
-        torch.randn(B, G, dtype=torch.float64), torch.randn(B, T, DA, dtype=torch.float64), 5, Objective()
-    )
+    wide = dict(dtype=torch.float64)
+    batch = Level2Batch(
+        torch.randn(B, G, **wide), torch.randn(B, T, DA, **wide), torch.randint(0, 10, (B, 5)), torch.randn(B, 5, T, DA, **wide)
+    )  # fmt: skip
     results = []
     for chunk in (None, 2):
         ours.zero_grad()

@@ -100,6 +100,8 @@ def test_wrong_shapes_of_a_policy(values: dict[str, Any], message: str) -> None:
 def test_configurations_survive_json() -> None:
     policy = PolicyConfig(obs="state", prediction="flow")
     assert PolicyConfig.from_dict(json.loads(json.dumps(vars(policy)))) == policy
+    older = {name: value for name, value in vars(policy).items() if not name.startswith("unet_")}
+    assert PolicyConfig.from_dict(older) == policy
     values = json.loads(json.dumps(TrainConfig(max_steps=3).to_dict()))
     assert values["max_steps"] == 3
     assert "policy" not in values

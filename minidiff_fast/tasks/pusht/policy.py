@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from minidiff_fast.policy import DiffusionPolicy
     from minidiff_fast.tasks.pusht.encoder import ObservationUnet1D
 
+LATER_FIELDS = frozenset({"unet_width", "unet_kernel"})
+"""Fields of :class:`PolicyConfig` that checkpoints from before they existed lack."""
 ACTION_DIM = 2
 """Target position of the agent, x and y, pixels."""
 
@@ -120,13 +122,14 @@ class PolicyConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PolicyConfig:
-        """The configuration that ``dataclasses.asdict`` gave. Raises :class:`InvalidOption` for other
-        keys."""
+        """The configuration that ``dataclasses.asdict`` gave, also by an earlier version: the fields that came later
+        have their defaults. Raises :class:`InvalidOption` for other keys."""
         known = {field.name for field in fields(cls)}
-        if set(values) != known:
+        missing, unknown = known - LATER_FIELDS - set(values), set(values) - known
+        if missing or unknown:
             raise InvalidOption(
-                f"PolicyConfig: expected the fields {sorted(known)}, "
-                f"missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}"
+                f"PolicyConfig: expected the fields {sorted(known)}, missing {sorted(missing)}, "
+                f"unknown {sorted(unknown)}"
             )
         return cls(**values)
 
