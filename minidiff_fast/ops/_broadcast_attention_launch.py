@@ -38,6 +38,14 @@ class LaunchConfig:
     """Own keys a tile holds."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """CUDA: registers a thread may use. Without a word ptxas spills some to fit one more block beside, in these kernels."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 def _tile(size: int, largest: int) -> int:
@@ -102,7 +110,9 @@ def choose_config(
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and (dropout or block_d > 128))
     unpipelined = unpipelined or (blackwell and forward and block_d <= 64)
     num_stages = 1 if unpipelined else 2
-    return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages)
+    narrow_turn = transform and forward and block_d <= 32
+    max_registers = None if hip else 255 if element_size == 4 else 128 if narrow_turn else None
+    return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages, max_registers)
 
 
 @cache
@@ -223,8 +233,8 @@ def _problem(
 
 
 def _precision(q: Tensor) -> str:
-    """float32 products follow torch's own switch; the default is exact float32."""
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """float32 products follow torch's own switch; the default is exact float32. ROCm: always exact."""
+    tf32 = not HIP and q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
@@ -308,7 +318,7 @@ def launch_forward(
             **_flags(problem, lengths, cu_seqlens, mask, own_causal), HAS_OWN=problem.own > 0,
             ROPE=problem.rope, NORM=problem.norm,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=config.block_p, PRECISION=_precision(q),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     return out, lse, lse_correction
 
@@ -404,6 +414,7 @@ def _transform_flags(problem: _Problem, x: Tensor, tiles: _TransformTiles, *, ow
         "ROWS_PER_TOKEN": tiles.rows_per_token,
         "BLOCK_ROWS": tiles.block_rows,
         "BLOCK_PAIRS": tiles.block_pairs,
+        **({} if HIP else {"maxnreg": 255}),
     }
 
 
@@ -476,7 +487,7 @@ def _launch_dq(
         problem.scale, problem.logit_scale, problem.keep_scale, dropout_threshold(problem.dropout_p),
         **_flags(problem, lengths, cu_seqlens, mask, own_causal), HAS_OWN=problem.own > 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=config.block_p, PRECISION=_precision(q),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
 
 
@@ -502,5 +513,5 @@ def _launch_dkdv(
         problem.scale, problem.logit_scale, problem.keep_scale, dropout_threshold(problem.dropout_p),
         OWN=own, **_flags(problem, lengths, cu_seqlens, mask, own_causal),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=_precision(q),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip

@@ -86,8 +86,8 @@ def row_chunk(rows: int, tiles: int, block_k: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """float32 products follow torch's own switch; the default is exact float32."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """float32 products follow torch's own switch; the default is exact float32. ROCm: always exact."""
+    tf32 = not HIP and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
