@@ -39,7 +39,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    """CUDA: registers a thread may use. Without a word ptxas spills some to fit one more block beside, in these kernels."""
+    """CUDA: registers a thread may use. Where it is set, ptxas would else spill some to fit one more block beside."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -110,8 +110,12 @@ def choose_config(
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and (dropout or block_d > 128))
     unpipelined = unpipelined or (blackwell and forward and block_d <= 64)
     num_stages = 1 if unpipelined else 2
-    narrow_turn = transform and forward and block_d <= 32
-    max_registers = None if hip else 255 if element_size == 4 else 128 if narrow_turn else None
+    rationed = (
+        (forward and transform and (element_size == 4 or block_d <= 32))
+        or (forward and element_size == 4 and block_d == 64 and own_span == 0)
+        or (kernel == "dkdv" and element_size == 4 and block_d == 16)
+    )
+    max_registers = None if hip or not rationed else 255 if element_size == 4 else 128
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages, max_registers)
 
 
