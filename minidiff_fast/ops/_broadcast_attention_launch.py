@@ -98,7 +98,7 @@ def choose_config(
     crowded = crowded or block_m * block_d >= 64 * 128
     if element_size == 4:
         crowded = {
-            "forward": block_d >= 128 or (transform and block_d in (16, 64)),
+            "forward": block_d >= 128 or (transform and block_d in (16, 64)) or (block_d == 64 and own_span == 0),
             "dq": block_d in (64, 256),
             "dkdv": block_d >= 64,
         }[kernel]
@@ -110,10 +110,8 @@ def choose_config(
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and (dropout or block_d > 128))
     unpipelined = unpipelined or (blackwell and forward and block_d <= 64)
     num_stages = 1 if unpipelined else 2
-    rationed = (
-        (forward and transform and (element_size == 4 or block_d <= 32))
-        or (forward and element_size == 4 and block_d == 64 and own_span == 0)
-        or (kernel == "dkdv" and element_size == 4 and block_d == 16)
+    rationed = (forward and transform and (element_size == 4 or block_d <= 32)) or (
+        kernel == "dkdv" and element_size == 4 and block_d == 16
     )
     max_registers = None if hip or not rationed else 255 if element_size == 4 else 128
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages, max_registers)

@@ -45,8 +45,13 @@ def test_a_sample_compiles_within_device_and_budget(target, tmp_path):
     done = run("--targets", target, "--every", str(SAMPLE), "--jobs", "1", "--out", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert ": 0 spills, 0 failures" in done.stdout.splitlines()[-1]
-    # Offsets of whole tiles pass 2^31 elements: no kernel may add a 32-bit tile of offsets to a pointer.
-    narrow = {key: facts["narrow_addresses"] for key, facts in json.loads(out.read_text())["kernels"].items()}
+    # Tiles of queries, keys and values are spread over the whole tensor, and their offsets pass 2^31 elements.
+    kernels = json.loads(out.read_text())["kernels"]
+    narrow = {
+        key: facts["narrow_addresses"]
+        for key, facts in kernels.items()
+        if key.startswith("broadcast_attention ") and key.split()[3] in ("fwd", "bwd_dq", "bwd_dkdv")
+    }
     assert narrow and not any(narrow.values()), narrow
 
 
