@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import gc
 import statistics
 import time
@@ -116,9 +117,9 @@ def select_peers(names: Sequence[str] | None, everyone: Sequence[Contestant]) ->
 # ------------------------------------------------------------------------------------------------- one cell
 
 
-class Bench:
+class Bench(abc.ABC):
     """Measures cells on one device; a dtype's ceilings are the best so far in this run. A suite says what its cells
-    are made of: ``op``, and the four methods that raise here."""
+    are made of: ``op``, and the four abstract methods."""
 
     op: str
 
@@ -127,21 +128,21 @@ class Bench:
         self.clock = Clock(settings.device)
         self.ceilings: dict[str, Ceilings] = {}
 
+    @abc.abstractmethod
     def contestants(self) -> Sequence[Contestant]:
         """Everyone who may run on this device, ours first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def inputs(self, cell: Any, dtype: torch.dtype) -> Sequence[Inputs]:
         """``INPUT_SETS`` sets, equal in structure."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def truth(self, inputs: Any, eps: float) -> Truth:
         """Float64 results and budgets."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def work(self, cell: Any, inputs: Any, which: Pass) -> Work:
         """The numerators of the floor."""
-        raise NotImplementedError
 
     def facts(self, inputs: Any) -> dict[str, Any]:
         """More of the inputs for the JSON."""

@@ -80,7 +80,7 @@ def choose_config(
     elif block_d <= 64:
         largest_m, largest_n = (128 if forward else 64), (32 if kernel == "dkdv" and block_d == 16 else 64)
     elif block_d <= 128:
-        largest_m, largest_n = 64, (64 if forward and not dropout else 32)
+        largest_m, largest_n = (32 if forward and dropout else 64), (64 if forward and not dropout else 32)
     else:
         largest_m, largest_n = (64 if forward and not (dropout or transform) else 32), 32
     if transform and element_size == 4 and block_d > 64:
