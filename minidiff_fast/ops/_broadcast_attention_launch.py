@@ -78,7 +78,7 @@ def choose_config(
         if (kernel == "dkdv" and block_d <= 32) or (kernel == "dq" and block_d == 128):
             largest_n = 16
     elif block_d <= 64:
-        largest_m, largest_n = (128 if forward else 64), (32 if kernel == "dkdv" and block_d == 16 else 64)
+        largest_m, largest_n = (128 if forward else 64), (32 if block_d == 16 and not forward else 64)
     elif block_d <= 128:
         largest_m, largest_n = (32 if forward and dropout else 64), (64 if forward and not dropout else 32)
     else:
@@ -110,10 +110,9 @@ def choose_config(
     unpipelined = hip or kernel == "dkdv" or element_size == 4 or (kernel == "dq" and (dropout or block_d > 128))
     unpipelined = unpipelined or (blackwell and forward and block_d <= 64)
     num_stages = 1 if unpipelined else 2
-    rationed = (forward and transform and (element_size == 4 or block_d <= 32)) or (
-        kernel == "dkdv" and element_size == 4 and block_d == 16
-    )
-    max_registers = None if hip or not rationed else 255 if element_size == 4 else 128
+    turning = forward and transform and (element_size == 4 or block_d <= 32)
+    narrow = block_d == 16 and (kernel, element_size) in (("dkdv", 4), ("dq", 2))
+    max_registers = None if hip or not (turning or narrow) else 128 if turning and element_size == 2 else 255
     return LaunchConfig(block_m, block_n, block_p, num_warps, num_stages, max_registers)
 
 

@@ -35,6 +35,8 @@ class LaunchConfig:
     """Summands (channels, of dW: rows) that one step of the loop takes."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """CUDA: registers a thread may use; None leaves it to the compiler."""
 
 
 def _tile(size: int, largest: int) -> int:
@@ -66,7 +68,9 @@ def choose_config(
     if exact:
         return LaunchConfig(_tile(rows, 32), _tile(columns, 64), 16, num_warps=4, num_stages=1 if hip else 2)
     if not aligned:
-        return LaunchConfig(_tile(rows, 64), _tile(columns, 64), _tile(summands, 32), num_warps=4, num_stages=2)
+        # Without a limit ptxas settles on fewer registers than the addresses need, and spills.
+        registers = 128 if kernel == "dweight" and not hip else None
+        return LaunchConfig(_tile(rows, 64), _tile(columns, 64), _tile(summands, 32), 4, 2, registers)
     block_m, block_n = _tile(rows, 128), _tile(columns, 128)
     # On ROCm the next tiles of x and g wait in registers: two of them leave room for shorter steps only.
     block_k = _tile(summands, 32 if element_size == 4 or (summed and hip) else 64)
@@ -126,6 +130,7 @@ def _meta(config: LaunchConfig, x: Tensor) -> dict[str, object]:
         "PRECISION": _precision(x),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
     }
 
 
