@@ -69,7 +69,7 @@ def choose_config(
         return LaunchConfig(_tile(rows, 32), _tile(columns, 64), 16, num_warps=4, num_stages=1 if hip else 2)
     if not aligned:
         # Without a limit ptxas settles on fewer registers than the addresses need, and spills.
-        registers = 128 if kernel == "dweight" and not hip else None
+        registers = 255 if kernel == "dweight" and not hip else None
         return LaunchConfig(_tile(rows, 64), _tile(columns, 64), _tile(summands, 32), 4, 2, registers)
     block_m, block_n = _tile(rows, 128), _tile(columns, 128)
     # On ROCm the next tiles of x and g wait in registers: two of them leave room for shorter steps only.
