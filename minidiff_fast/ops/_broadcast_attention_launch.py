@@ -55,7 +55,8 @@ def _tile(size: int, largest: int) -> int:
 
 def choose_config(
     kernel: str, rows: int, keys: int, own_span: int, block_d: int, element_size: int, *, dropout: bool, hip: bool,
-    transform: bool = False, own_rope: bool = False, blackwell: bool = False,
+    transform: bool = False, own_rope: bool = False, turned: bool = False,
+    blackwell: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The heuristic launch configuration.
 
@@ -70,12 +71,13 @@ def choose_config(
         hip: ROCm: 64 KiB of shared memory, so no software pipelining of large tiles.
         transform: queries are normed or rotated when they are loaded.
         own_rope: own keys are rotated when they are loaded.
+        turned: queries and keys are rotated, here or before.
         blackwell: sm_100, where pipelined 16-bit forward tiles do not fit the registers.
     """
     forward = kernel == "forward"
     if element_size == 4:  # exact float32 products run on the ordinary cores, out of registers
         largest_m, largest_n = (32, 32) if block_d <= 64 else (16, 32) if block_d <= 128 else (16, 16)
-        if (kernel == "dkdv" and block_d <= 32) or (kernel == "dq" and block_d == 128):
+        if (kernel == "dkdv" and block_d <= (32 if turned else 16)) or (kernel == "dq" and block_d == 128):
             largest_n = 16
     elif block_d <= 64:
         largest_m, largest_n = (128 if forward else 64), (32 if block_d == 16 and not forward else 64)
@@ -198,6 +200,7 @@ class _Problem:
             hip=HIP,
             transform=kernel == "forward" and (self.rope or self.norm) is not None,
             own_rope=own and self.own_rope is not None,
+            turned=self.rope is not None,
             blackwell=BLACKWELL or (q.is_cuda and _capability(q.device)[0] == 10),
         )
 
