@@ -2,7 +2,8 @@
 # Tests and benchmarks on a CUDA machine: bench/gpu.sh [--budget 9m] [--out DIR] [-- arguments of bench/run.py]
 #
 # Runs the kernel and op tests compiled for the device, then the attention and the modulation suite, and writes
-# pytest.log, environment.json, attention.json, modulate.json and table.md to DIR (default: $OUT if set, else bench/results/<device>).
+# pytest.log, environment.json, attention.json, modulate.json and table.md to DIR (default: $OUT if set, else
+# bench/results/<device>). The arguments after -- go to the attention suite.
 # Needs torch, triton, numpy, einops, pytest; no network and no installation of this package.
 # Exit code: that of the tests if they failed, else that of the benchmarks.
 set -uo pipefail

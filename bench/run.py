@@ -1,6 +1,7 @@
 """Run a suite: ``python bench/run.py attention|modulate [--device cpu|cuda] [--cases a,b] [--budget 9m] [--out DIR]``.
 
-``python bench/run.py static`` compiles the kernels for GPUs that are not there (bench/static.py).
+Several suites may be named, one after the other. ``linear``, ``noise``, ``loss`` and ``step`` have options of their own
+(``python bench/run.py step --help``); ``static`` compiles the kernels for GPUs that are not there.
 
 Prints one table per cell and keeps DIR/<suite>.json up to date after every cell. Run again with the same
 DIR to go on where a budget ended. Exit code 0: done, or stopped at the budget; 1: a contestant of ours was

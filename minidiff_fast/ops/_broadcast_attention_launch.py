@@ -55,8 +55,7 @@ def _tile(size: int, largest: int) -> int:
 
 def choose_config(
     kernel: str, rows: int, keys: int, own_span: int, block_d: int, element_size: int, *, dropout: bool, hip: bool,
-    transform: bool = False, own_rope: bool = False, turned: bool = False,
-    blackwell: bool = False,
+    transform: bool = False, own_rope: bool = False, turned: bool = False, blackwell: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The heuristic launch configuration.
 
