@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(int(os.environ.get("MINIDIFF_FAST_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="module")
+def lerobot() -> Iterator[Callable[[str], Any]]:
+    """``load(name)`` for modules of the real lerobot, from its wheel where it is not installed; a skip says why not."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "lerobot_wheel.py"
+    spec = importlib.util.spec_from_file_location("lerobot_wheel", path)
+    assert spec is not None and spec.loader is not None
+    wheel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wheel)
+    with ExitStack() as stack:
+        try:
+            load = stack.enter_context(wheel.policies())
+        except wheel.WheelUnavailable as error:
+            pytest.skip(str(error))
+        yield load

@@ -121,6 +121,42 @@ class DiffusionProcess:
 
 
 @dataclass(frozen=True)
+class BetaTimes:
+    r"""The quantile function of ``start + (stop - start) * u`` with u of a Beta(alpha, beta) distribution.
+
+    pi0 and SmolVLA draw ``0.001 + 0.999 u`` with u ~ Beta(1.5, 1), noise at t = 1; GR00T and starVLA's heads
+    ``(0.999 - u) / 0.999`` with noise at t = 0. In closed form where alpha or beta is 1:
+    :math:`p^{1 / alpha}` and :math:`1 - (1 - p)^{1 / beta}`.
+
+    Raises :class:`InvalidArgument` where neither is 1 or one is not positive.
+
+    Source: Black et al., pi0, arXiv 2410.24164, appendix B.
+
+    >>> BetaTimes(1.5, start=0.001, stop=1.0)(torch.tensor([0.0, 0.125, 1.0]))
+    tensor([0.0010, 0.2508, 1.0000])
+    """
+
+    alpha: float
+    beta: float = 1.0
+    start: float = 0.0
+    """The time of u = 0."""
+    stop: float = 1.0
+    """The time of u = 1; may lie before start."""
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and self.beta > 0 and 1 in (self.alpha, self.beta)):
+            raise InvalidArgument(
+                "BetaTimes: alpha and beta must be positive and one of them 1 (else the quantile function has no "
+                f"closed form), got alpha = {self.alpha}, beta = {self.beta}"
+            )
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Probabilities -> times."""
+        u = p ** (1 / self.alpha) if self.beta == 1 else 1 - (1 - p) ** (1 / self.beta)
+        return self.start + (self.stop - self.start) * u
+
+
+@dataclass(frozen=True)
 class FlowMatching:
     r"""Linear interpolation between data and noise, the network predicts the velocity dx/dt.
 
@@ -134,6 +170,9 @@ class FlowMatching:
     """Which end of time is noise. 1 is the convention of diffusers' FlowMatchEulerDiscreteScheduler and of pi0."""
     timestep_scale: float = 1000.0
     """The network sees t * timestep_scale, as sinusoidal embeddings made for integer timesteps need."""
+    time_quantile: Callable[[Tensor], Tensor] | None = None
+    """How times are distributed: the quantile function (the inverse of the cumulative distribution), which maps uniform
+    draws in [0, 1) to times, e.g. :class:`BetaTimes`; None is uniform. Stratified draws stay stratified."""
 
     def __post_init__(self) -> None:
         if self.noise_at not in (0, 1):
@@ -142,8 +181,9 @@ class FlowMatching:
     def draw_timesteps(
         self, shape: tuple[int, int], *, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Uniform times in [0, 1), float32 ``[B, K]``."""
-        return torch.rand(shape, device=device, generator=generator)
+        """Times, float32 ``[B, K]``."""
+        uniform = torch.rand(shape, device=device, generator=generator)
+        return uniform if self.time_quantile is None else self.time_quantile(uniform)
 
     def draw(
         self,
@@ -159,7 +199,11 @@ class FlowMatching:
             x0, k, schedule=None, prediction="flow", noise_at=self.noise_at, timesteps=timesteps, noise=noise,
             seed=seed, return_noise=True,
         )  # fmt: skip
-        return _drawn(x0, drawn, drawn.timesteps * self.timestep_scale, self)
+        if self.time_quantile is None:
+            return _drawn(x0, drawn, drawn.timesteps * self.timestep_scale, self)
+        assert drawn.noise is not None
+        times = self.time_quantile(drawn.timesteps)
+        return Drawn(x0, times, drawn.noise, self.noised(x0, drawn.noise, times), self)
 
     def noised(
         self,

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "minidiff_fast"
 
-ROOMS = {".ci", "bench", "csrc", "kernels", "minidiff_fast", "tests"}
+ROOMS = {".ci", "bench", "csrc", "docs", "examples", "kernels", "minidiff_fast", "tests"}
 TOP_FILES = {
     ".gitattributes",
     ".gitignore",
@@ -251,6 +251,8 @@ def test_every_tracked_file_is_in_a_room() -> None:
 
 
 SUFFIXES = {
+    "docs": r"\w+\.md",
+    "examples": r"\w+\.py",
     "csrc": r"cpu/[\w/]+\.(cpp|h)|cuda/[\w/]+\.(cu|cuh|h)|\w+\.h",
     "kernels": r"\w+\.py",
     "minidiff_fast": r"[\w/]+\.(py|npz|json)|py\.typed",

@@ -1,0 +1,9 @@
+"""Other people's policies on Level-2 batches: what is replaced in them, and what is left as it is.
+
+Every module here knows its peer by interface, not by import: the peer is whatever the user has installed.
+"""
+
+from minidiff_fast.integrations.adapter import Level2Adapter
+from minidiff_fast.integrations.report import ConversionReport, Left, Replaced
+
+__all__ = ["ConversionReport", "Left", "Level2Adapter", "Replaced"]
