@@ -55,6 +55,8 @@ class TorchCrossAttention(BroadcastCrossAttention):
         *,
         cache: LayerCache | tuple[Tensor, Tensor] | None = None,  # [B, S, Hkv, D] each
         lengths: Tensor | None = None,  # [B] integer
+        query_positions: Tensor | None = None,  # the leading axes of query, and 3
+        key_positions: Tensor | None = None,  # the leading axes of key, and 3
     ) -> tuple[Tensor, None]:
         """Attend; the result has the shape of ``query``. See :class:`~minidiff_fast.nn.BroadcastCrossAttention`.
 
@@ -68,6 +70,7 @@ class TorchCrossAttention(BroadcastCrossAttention):
         return super().forward(
             query, key, value, _boolean("key_padding_mask", key_padding_mask), need_weights,
             _boolean("attn_mask", attn_mask), average_attn_weights, is_causal, cache=cache, lengths=lengths,
+            query_positions=query_positions, key_positions=key_positions,
         )  # fmt: skip
 
     def _cached(self, key: Any, value: Any, cache: Any) -> LayerCache:
