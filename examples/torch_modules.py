@@ -18,8 +18,7 @@ from minidiff_fast.integrations import convert, encode_memory
 B, K, T, S, C, STEPS = 2, 16, 16, 256, 128, 10
 
 
-def milliseconds(*functions: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Medians, the functions taking turns."""
+def medians_ms(*functions: Callable[[], object], rounds: int = 5) -> list[float]:
     times: list[list[float]] = [[] for _ in functions]
     for round_ in range(rounds + 1):
         for function, taken in zip(functions, times, strict=True):
@@ -41,18 +40,15 @@ def main() -> None:
     scene, samples = torch.randn(B, S, C, requires_grad=True), torch.randn(B * K, T, C)
     difference = (peer(samples, scene.repeat_interleave(K, 0)) - ours(samples, scene)).abs().max()
     print(f"\nlargest difference of the outputs at K = {K}: {difference:.1e}")
-    before, after = milliseconds(
+    before, after = medians_ms(
         lambda: peer(samples, scene.repeat_interleave(K, 0)).square().mean().backward(),
         lambda: ours(samples, scene).square().mean().backward(),
     )
-    print(
-        f"forward and backward, K = {K}: {before:.0f} ms repeated, {after:.0f} ms converted: {before / after:.1f} times"
-    )
-
+    print(f"forward and backward, K = {K}: {before:.0f} ms repeated, {after:.0f} ms converted: {before / after:.1f}")
     few, one = samples[:8], scene[:1].detach()
     with torch.no_grad():
         cache = encode_memory(ours, one)
-        before, after = milliseconds(
+        before, after = medians_ms(
             lambda: [peer(few, one.repeat_interleave(8, 0)) for _ in range(STEPS)],
             lambda: [ours(few, cache) for _ in range(STEPS)],
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import io
 import pickle
 from collections.abc import Callable
@@ -546,3 +548,8 @@ def test_errors_of_encoded_memory() -> None:
     model.layers[1].multihead_attn.batch_first = False
     with pytest.raises(InvalidArgument, match="some of the layers are batch_first"):
         encode_memory(model, memory)
+
+
+def test_docstring_examples() -> None:
+    result = doctest.testmod(importlib.import_module("minidiff_fast.integrations.torch_modules"))
+    assert result.attempted > 0 and result.failed == 0
