@@ -74,7 +74,8 @@ def why_not(module: nn.Module, processor: Any) -> str | None:
 def _why_not_heads(attn: Any, arithmetic: Arithmetic) -> str | None:
     width, rest = divmod(attn.inner_dim, attn.heads)
     if rest or not 8 <= width <= 256:
-        return f"its head dimension is {attn.inner_dim} / {attn.heads}, and must be from 8 to 256"
+        have = attn.inner_dim / attn.heads
+        return f"its head dimension is {attn.inner_dim} / {attn.heads} = {have:g}, not from 8 to 256"
     kv_heads, rest = divmod(attn.inner_kv_dim, width)
     if rest or kv_heads < 1 or attn.heads % kv_heads:
         return f"its {attn.heads} query heads of {width} do not share keys of {attn.inner_kv_dim} channels evenly"
