@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -706,6 +708,11 @@ def test_sliced_attention_is_replaced() -> None:
     attn.set_attention_slice(1)
     compare(attn, 5, "bk")
     assert apply_broadcast_attention(attn).replaced[0].before == "SlicedAttnProcessor"
+
+
+def test_imports_without_diffusers() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import minidiff_fast.integrations as i; i.BroadcastAttnProcessor()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
 # -------------------------------------------------------------------- errors
