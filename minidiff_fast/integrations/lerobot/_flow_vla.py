@@ -72,6 +72,7 @@ class FlowVLA(Level2Adapter):
     def __init__(self, policy: nn.Module, times: BetaTimes, width: int, *, impl: str | None) -> None:
         super().__init__()
         self.policy: Any = policy
+        self.training = policy.training
         self.impl = impl
         self.objective: PaddedActionLoss = PaddedActionLoss(
             FlowMatching(noise_at=1, timestep_scale=1.0, time_quantile=times), width
@@ -92,13 +93,13 @@ class FlowVLA(Level2Adapter):
         ``num_steps`` is the peer's own number where it is None.
 
         Raises:
-            InvalidArgument: k or num_steps is below 1, or this module is in training mode.
+            InvalidArgument: k or num_steps is below 1, or the policy is in training mode.
         """
         steps = self._steps if num_steps is None else num_steps
         name = type(self).__name__
         if k < 1 or steps < 1:
             raise InvalidArgument(f"{name}.sample: k and num_steps must be at least 1, got k = {k}, {steps} steps")
-        if self.training:
+        if self.policy.training:
             raise InvalidArgument(f"{name}.sample: the policy is in training mode; call eval() first")
         cache = self.encode(batch)
         config = self.policy.config
