@@ -88,7 +88,6 @@ def smolvla(load: Load, size: Size = Size(), *, device: str = "cpu", **options: 
         },
         scale_factor=2,
         image_token_id=size.vocabulary - 1,
-        pad_token_id=0,
     )  # fmt: skip
     processor = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=7, global_image_token_id=8))
     fields: dict[str, Any] = {
@@ -169,3 +168,13 @@ def batch(size: Size = Size(), conditions: int = 3, words: int = 5, *, seed: int
     made["observation.language.attention_mask"] = torch.arange(words) < lengths[:, None]
     made["action"] = torch.randn(conditions, size.chunk, size.action, generator=draw)
     return made
+
+
+def contest(losses: dict[str, Callable[[], Tensor]], policy: Any, inputs: list[Tensor], side: Any) -> dict[str, Any]:
+    """Sides of a bench on one policy; a gradient that a side leaves out counts as zero."""
+    parameters = list(policy.parameters())
+
+    def gradients() -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters if p.requires_grad]
+
+    return {name: side(loss, gradients, [*parameters, *inputs]) for name, loss in losses.items()}

@@ -144,9 +144,7 @@ def masks(lerobot, monkeypatch):
     """transformers 5.23 takes no cache_position, which lerobot 0.6 hands over."""
     module = lerobot("policies.pi_gemma")
     made = module.create_causal_mask
-    monkeypatch.setattr(
-        module, "create_causal_mask", lambda cache_position=None, **arguments: made(**arguments)
-    )
+    monkeypatch.setattr(module, "create_causal_mask", lambda cache_position=None, **arguments: made(**arguments))
 
 
 def test_sampling_and_the_policys_own_sampling(build, inputs, masks):

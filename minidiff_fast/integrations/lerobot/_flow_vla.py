@@ -109,7 +109,11 @@ class FlowVLA(Level2Adapter):
         for step in range(steps):
             t = torch.full((1, 1), 1.0 - step / steps, device=x.device).expand(shape[:2])
             x = x - self.denoise(cache, x, t) / steps
-        return x[..., : self.objective.width]
+        return self._restored(x[..., : self.objective.width])
+
+    def _restored(self, actions: Tensor) -> Tensor:  # [B, K, T, A]
+        """Sampled actions as the peer's ``predict_action_chunk`` returns them."""
+        return actions
 
     @property
     def _steps(self) -> int:

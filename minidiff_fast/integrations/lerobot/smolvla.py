@@ -117,6 +117,12 @@ class Level2SmolVLA(FlowVLA):
         padded = batch.get("action_is_pad")
         return None if padded is None else ~padded
 
+    def _restored(self, actions: Tensor) -> Tensor:  # [B, K, T, A]
+        if not self.policy.config.adapt_to_pi_aloha:
+            return actions
+        rows: Tensor = self.policy._pi_aloha_encode_actions(actions.flatten(0, 1))
+        return rows.unflatten(0, actions.shape[:2])
+
     @property
     def _steps(self) -> int:
         return int(self.policy.config.num_steps)
@@ -126,9 +132,7 @@ class Level2SmolVLA(FlowVLA):
         both = self.policy.model.vlm_with_expert
         cross, every = "cross" in both.attention_mode, both.self_attn_every_n_layers
         pairs = zip(*both.get_model_layers([both.get_vlm_model().text_model, both.lm_expert]), strict=True)
-        return [
-            (layer, expert, not cross or (every > 0 and i % every == 0)) for i, (layer, expert) in enumerate(pairs)
-        ]
+        return [(layer, expert, not cross or (every > 0 and i % every == 0)) for i, (layer, expert) in enumerate(pairs)]
 
     def _prefix(
         self,
