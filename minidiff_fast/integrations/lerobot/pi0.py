@@ -60,7 +60,8 @@ class Level2PI0(FlowVLA):
         model: Any = policy.model
         has(NAME, model, paligemma_with_expert="the language model and the expert", embed_prefix="embeds the condition",
             state_proj="of the state", action_in_proj="of actions", action_time_mlp_in="of times",
-            action_time_mlp_out="of times", action_out_proj="of actions", gradient_checkpointing_enabled="a flag")  # fmt: skip
+            action_time_mlp_out="of times", action_out_proj="of actions",
+            gradient_checkpointing_enabled="a flag")  # fmt: skip
         has(NAME, model.paligemma_with_expert, paligemma="the language model", gemma_expert="the expert")
         config: Any = policy.config
         offset = config.time_sampling_offset
