@@ -69,7 +69,14 @@ class Half(nn.Module):
         return self.inner(x).double()
 
 
-def build(peer: Any, kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0, **changes: Any) -> Any:
+def build(
+    peer: Any,
+    kind: str,
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    dims: Any = (8, 16, 24),
+    **changes: Any,
+) -> Any:
     torch.manual_seed(0)
     sizes = {"n_obs_steps": TO, "horizon": T, "action_dim": A, "n_action_steps": 4}
     options: dict[str, Any] = dict(sizes)
@@ -87,7 +94,7 @@ def build(peer: Any, kind: str, dtype: torch.dtype = torch.float64, dropout: flo
     else:
         local = kind == "local"
         model = peer.ConditionalUnet1D(
-            A, local_cond_dim=D if local else None, global_cond_dim=None if local else TO * D, down_dims=(8, 16, 24),
+            A, local_cond_dim=D if local else None, global_cond_dim=None if local else TO * D, down_dims=dims,
             diffusion_step_embed_dim=12, n_groups=4, kernel_size=5, cond_predict_scale=kind != "images",
         )  # fmt: skip
         options |= {"obs_as_global_cond": not local, "pred_action_steps_only": kind == "steps"}
@@ -211,6 +218,26 @@ def test_copies_and_state_dict(peer: Any, kind: str) -> None:
     adapter.to_peer()
     for name, value in policy.model.state_dict().items():
         assert torch.equal(value, adapter.denoiser.state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", ["images", "causal"])
+def test_compiled_and_under_autocast(peer: Any, kind: str) -> None:
+    policy = build(peer, kind, torch.float32, dims=(8,))
+    adapter, batch = dp.level2(policy), batch_of(policy, torch.float32)
+    wanted = adapter.step(batch, K, generator=torch.Generator().manual_seed(1)).loss
+    compiled = torch.compile(adapter, backend="eager", fullgraph=True)
+    found = adapter.step(batch, K, wrapped=compiled, generator=torch.Generator().manual_seed(1)).loss
+    torch.testing.assert_close(found, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = adapter.loss(batch, K, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["global", "causal"])
+def test_sixteen_bit_weights_are_carried_over(peer: Any, kind: str) -> None:
+    model = build(peer, kind, torch.float32).model.bfloat16()
+    ours = (dp.from_transformer if kind == "causal" else dp.from_unet)(model)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
 
 
 def test_dropout_trains(peer: Any) -> None:
