@@ -34,7 +34,7 @@ def compare(what: str, before: Callable[[], None], after: Callable[[], None]) ->
             run()
             taken.append(1e3 * (time.perf_counter() - start))
     old, new = (statistics.median(taken[1:]) for taken in times)
-    print(f"{what}: {old:.0f} ms -> {new:.0f} ms, {old / new:.2f} times as fast")
+    print(f"{what}: {old:.0f} ms -> {new:.0f} ms, ratio {old / new:.2f}")
 
 
 def sample(keep: bool) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")])
-HELPERS = {"lerobot_wheel"}
+HELPERS = {"diffusion_policy_plain", "lerobot_wheel"}
 """Modules of examples/ that are no examples."""
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem not in HELPERS)
 
