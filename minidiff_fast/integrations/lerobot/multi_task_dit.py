@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.integrations.adapter import Level2Adapter
+from minidiff_fast.integrations.lerobot._interface import check_interface
 from minidiff_fast.level2 import Drawn, Noised
 from minidiff_fast.objectives.imitation import BetaTimes, DenoisingLoss, DiffusionProcess, FlowMatching
 from minidiff_fast.ops.broadcast_modulate import broadcast_modulate
@@ -212,41 +213,32 @@ def _process(policy: Any) -> DiffusionProcess | FlowMatching:
     return NarrowingFlow(time_quantile=times, sigma_min=config.sigma_min)
 
 
-_NETWORK = ("time_mlp", "input_proj", "pos_embedding", "transformer_blocks", "output_proj", "conditioning_dim")
-_BLOCK = ("use_rope", "norm1", "norm2", "mlp", "adaLN_modulation")
-_FLOW = ("sigma_min", "timestep_sampling_strategy")
+_POLICY = (
+    "observation_encoder.encode", "_prepare_batch", "objective", "noise_predictor.time_mlp",
+    "noise_predictor.input_proj", "noise_predictor.pos_embedding", "noise_predictor.transformer_blocks",
+    "noise_predictor.output_proj", "noise_predictor.conditioning_dim",
+)  # fmt: skip
+_FLOW = tuple(
+    f"objective.config.{name}"
+    for name in ("sigma_min", "timestep_sampling_strategy", "timestep_sampling_alpha", "timestep_sampling_beta")
+)
+_BLOCK = ("use_rope", "norm1.eps", "norm2.eps", "mlp", "adaLN_modulation")
 
 
 def _check_policy(policy: nn.Module) -> None:
     """The interface of lerobot 0.6, or an error that names what differs."""
-    for path in ("observation_encoder.encode", "_prepare_batch", "objective", "noise_predictor"):
-        found: Any = policy
-        for name in path.split("."):
-            found = _attribute(policy, "policy", found, name)
-    network: Any = policy.noise_predictor
-    for name in _NETWORK:
-        _attribute(policy, "policy.noise_predictor", network, name)
-    if not hasattr(policy.objective, "noise_scheduler"):
-        config = _attribute(policy, "policy.objective", policy.objective, "config")
-        for name in _FLOW:
-            _attribute(policy, "policy.objective.config", config, name)
-    for index, block in enumerate(network.transformer_blocks):
+    peer: Any = policy
+    check_interface(NAME, "MultiTaskDiTPolicy", "policy", peer, _POLICY)
+    if not hasattr(peer.objective, "noise_scheduler"):
+        check_interface(NAME, "MultiTaskDiTPolicy", "policy", peer, _FLOW)
+    for index, block in enumerate(peer.noise_predictor.transformer_blocks):
         where = f"policy.noise_predictor.transformer_blocks[{index}]"
-        for name in _BLOCK:
-            _attribute(policy, where, block, name)
-        _attribute(policy, where, block, "attn" if block.use_rope else "multihead_attn")
-        layers = list(block.adaLN_modulation)
-        if [type(layer) for layer in layers] != [nn.SiLU, nn.Linear]:
-            kinds = [type(layer).__name__ for layer in layers]
-            raise InvalidArgument(f"{NAME}: {where}.adaLN_modulation must be SiLU and Linear, got {kinds}")
+        check_interface(NAME, "TransformerBlock", where, block, _BLOCK)
+        check_interface(NAME, "TransformerBlock", where, block, ["attn" if block.use_rope else "multihead_attn"])
+        kinds = [type(layer) for layer in block.adaLN_modulation]
+        if kinds != [nn.SiLU, nn.Linear]:
+            raise InvalidArgument(
+                f"{NAME}: {where}.adaLN_modulation must be SiLU and Linear, got {[kind.__name__ for kind in kinds]}"
+            )
         if any(not isinstance(n, nn.LayerNorm) or n.elementwise_affine for n in (block.norm1, block.norm2)):
             raise InvalidArgument(f"{NAME}: {where}.norm1 and .norm2 must be LayerNorm without affine parameters")
-
-
-def _attribute(policy: nn.Module, where: str, holder: Any, name: str) -> Any:
-    if not hasattr(holder, name):
-        raise InvalidArgument(
-            f"{NAME}: policy must be lerobot's MultiTaskDiTPolicy as in lerobot 0.6; {where} ({type(holder).__name__}) "
-            f"has no {name}, policy is {type(policy).__module__}.{type(policy).__name__}"
-        )
-    return getattr(holder, name)
