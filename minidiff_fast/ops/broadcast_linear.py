@@ -115,7 +115,8 @@ def broadcast_linear_reference(
     act = ACTIVATIONS[activation]
     if combine == "sum":
         return F.linear(act(x + _over_samples(g, x)), weight, bias)
-    of_sample, of_condition = weight[:, : x.shape[-1]], weight[:, x.shape[-1] :]
+    # One split, not two slices: each slice would have a gradient of the weight's full size.
+    of_sample, of_condition = weight.split([x.shape[-1], g.shape[-1]], 1)
     return F.linear(act(x), of_sample) + _over_samples(F.linear(act(g), of_condition, bias), x)
 
 

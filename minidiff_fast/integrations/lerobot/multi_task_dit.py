@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.integrations.adapter import Level2Adapter
 from minidiff_fast.integrations.lerobot._interface import check_interface
 from minidiff_fast.level2 import Drawn, Noised
 from minidiff_fast.objectives.imitation import BetaTimes, DenoisingLoss, DiffusionProcess, FlowMatching
+from minidiff_fast.ops.broadcast_linear import broadcast_linear
 from minidiff_fast.ops.broadcast_modulate import broadcast_modulate
 from minidiff_fast.ops.level2_noise import NoiseDraw, TimestepDraw, level2_noise
-from minidiff_fast.shapes import check_shape, describe
+from minidiff_fast.shapes import check_shape
 
 NAME = "Level2MultiTaskDiT"
 
@@ -80,7 +79,8 @@ class NarrowingFlow(FlowMatching):
 class Level2MultiTaskDiT(Level2Adapter):
     r"""lerobot's ``MultiTaskDiTPolicy`` on Level-2 batches. The policy is held, not changed.
 
-    Once per condition: the observation encoder (CLIP) and, of every block's adaLN, the condition's part,
+    Once per condition: the observation encoder (CLIP) and, of every block's adaLN, the condition's part
+    (:func:`~minidiff_fast.ops.broadcast_linear`),
 
     .. math::
         W \, \mathrm{SiLU}([e_{bk}, g_b]) + bias = W_e \mathrm{SiLU}(e_{bk}) + (W_g \mathrm{SiLU}(g_b) + bias)
@@ -115,34 +115,29 @@ class Level2MultiTaskDiT(Level2Adapter):
         self.objective = objective
         self.masks_padding = bool(getattr(self.policy.objective, "do_mask_loss_for_padding", False))
 
-    def encode(self, obs: dict[str, Any]) -> Tensor:  # [B, L, 6 C]
-        """The peer's batch -> the condition's part of the adaLN parameters of all L blocks."""
-        condition = self.policy.observation_encoder.encode(self.policy._prepare_batch(obs))
-        network = self.policy.noise_predictor
-        wanted = network.conditioning_dim
-        check_shape(
-            NAME, "the encoded observation", condition, ["B", wanted], "[B, Cg]", lambda: describe(condition=condition)
-        )
-        activated = F.silu(condition)
-        layers = [block.adaLN_modulation[1] for block in network.transformer_blocks]
-        parts = [F.linear(activated, layer.weight[:, -wanted:], layer.bias) for layer in layers]
-        return torch.stack(parts, 1)
+    def encode(self, obs: dict[str, Any]) -> Tensor:  # [B, Cg]
+        """The peer's batch -> its conditioning vector."""
+        condition: Tensor = self.policy.observation_encoder.encode(self.policy._prepare_batch(obs))
+        width = self.policy.noise_predictor.conditioning_dim
+        check_shape(NAME, "the encoded observation", condition, ["B", width], "[B, Cg]", "see n_obs_steps")
+        return condition
 
     def denoise(
         self,
-        cache: Tensor,  # [B, L, 6 C]
+        cache: Tensor,  # [B, Cg]
         x: Tensor,  # [B, K, T, A]
         t: Tensor,  # [B, K]
     ) -> Tensor:  # [B, K, T, A]
         """The peer's prediction at noised actions ``x`` and times ``t`` (integers, or in [0, 1])."""
         network = self.policy.noise_predictor
-        embedded = F.silu(network.time_mlp(t.reshape(-1)).unflatten(0, t.shape))
+        embedded = network.time_mlp(t.reshape(-1)).unflatten(0, t.shape)
         hidden = network.input_proj(x)
         if network.pos_embedding is not None:
             hidden = hidden + network.pos_embedding[:, : x.shape[2]]
-        for block, shared in zip(network.transformer_blocks, cache.unbind(1), strict=True):
-            own = F.linear(embedded, block.adaLN_modulation[1].weight[:, : embedded.shape[-1]])
-            hidden = _block(block, hidden, shared.chunk(6, -1), own.chunk(6, -1))
+        for block in network.transformer_blocks:
+            linear = block.adaLN_modulation[1]
+            parameters = broadcast_linear(embedded, cache, linear.weight, linear.bias, activation="silu")
+            hidden = _block(block, hidden, parameters)
         predicted: Tensor = network.output_proj(hidden)
         return predicted
 
@@ -163,18 +158,13 @@ class Level2MultiTaskDiT(Level2Adapter):
 def _block(
     block: Any,
     x: Tensor,  # [B, K, T, C]
-    shared: tuple[Tensor, ...],  # 6 of [B, C]: shift, scale, gate of attention, then of the MLP
-    own: tuple[Tensor, ...],  # 6 of [B, K, C]
+    parameters: Tensor,  # [B, K, 6 C]: shift, scale, gate of attention, then of the MLP
 ) -> Tensor:  # [B, K, T, C]
-    """The peer's block, its adaLN parameters in two parts."""
-    for index, (norm, branch) in enumerate(((block.norm1, _attention), (block.norm2, _mlp))):
-        shift, scale, gate = shared[3 * index : 3 * index + 3]
-        own_shift, own_scale, own_gate = own[3 * index : 3 * index + 3]
-        modulated = broadcast_modulate(
-            x, shift=shift, scale=scale, own_shift=own_shift, own_scale=own_scale, norm="layer", eps=norm.eps,
-            form="adaln",
-        )  # fmt: skip
-        x = broadcast_modulate(branch(block, modulated).to(x.dtype), gate=gate, own_gate=own_gate, residual=x)
+    """The peer's block behind its ``adaLN_modulation``."""
+    parts = parameters.chunk(6, -1)
+    for (shift, scale, gate), norm, branch in ((parts[:3], block.norm1, _attention), (parts[3:], block.norm2, _mlp)):
+        modulated = broadcast_modulate(x, own_shift=shift, own_scale=scale, norm="layer", eps=norm.eps, form="adaln")
+        x = broadcast_modulate(branch(block, modulated).to(x.dtype), own_gate=gate, residual=x)
     return x
 
 
