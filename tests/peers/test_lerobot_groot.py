@@ -217,6 +217,15 @@ def test_copies_and_checkpoints(head: Any) -> None:
         torch.testing.assert_close(same.loss(values, 2, generator=seeded()), wanted, rtol=0, atol=0)
 
 
+def test_denoise_compiles_in_one_graph(head: Any) -> None:
+    adapter, values = Level2GR00THead(head()), batch()
+    wanted = gradients(adapter.head, adapter.loss(values, K, generator=seeded()))
+    compiled: Any = torch.compile(adapter, backend="eager", fullgraph=True)
+    adapter.step(values, K, wrapped=compiled, generator=seeded())
+    found = {name: p.grad for name, p in adapter.head.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
+
+
 def test_bad_input(head: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"must be GR00TN17ActionHead as in lerobot 0\.6, with head\.config\.noi"):
         Level2GR00THead(nn.Linear(1, 1))

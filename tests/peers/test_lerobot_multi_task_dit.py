@@ -186,6 +186,17 @@ def test_the_policy_still_acts(policy: Any) -> None:
     torch.testing.assert_close(act(), before, rtol=0, atol=0)
 
 
+def test_denoise_compiles_in_one_graph(policy: Any) -> None:
+    peer, values = policy(), batch()
+    adapter = Level2MultiTaskDiT(peer)
+    wanted = gradients(peer, adapter.loss(values, K, generator=torch.Generator().manual_seed(3)))
+    compiled: Any = torch.compile(adapter, backend="eager", fullgraph=True)
+    peer.zero_grad()
+    adapter.step(values, K, wrapped=compiled, generator=torch.Generator().manual_seed(3))
+    found = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
+
+
 def test_dropout_runs(policy: Any) -> None:
     adapter, values = Level2MultiTaskDiT(policy(dropout=0.5)), batch()
     adapter.train()

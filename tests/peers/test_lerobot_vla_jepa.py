@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,8 +93,6 @@ def safe(times: Tensor) -> Tensor:
 
 
 def drawn_by(adapter: Any, values: Any, k: int) -> Level2Batch:
-    from dataclasses import replace
-
     drawn = adapter.draw(values, k, generator=seeded())
     return replace(drawn, timesteps=safe(drawn.timesteps))
 
@@ -177,6 +176,15 @@ def test_copies_and_checkpoints(head: Any) -> None:
     assert kept == set(head().state_dict())
     for same in (other, copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
         torch.testing.assert_close(same.loss(values, 2, generator=seeded()), wanted, rtol=0, atol=0)
+
+
+def test_denoise_compiles_in_one_graph(head: Any) -> None:
+    adapter, values = Level2ActionHead(head(action_num_layers=2)), batch()
+    wanted = gradients(adapter.head, adapter.loss(values, K, generator=seeded()))
+    compiled: Any = torch.compile(adapter, backend="eager", fullgraph=True)
+    adapter.step(values, K, wrapped=compiled, generator=seeded())
+    found = {name: p.grad for name, p in adapter.head.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
 
 
 def test_dropout_runs(head: Any) -> None:
