@@ -197,6 +197,15 @@ def test_denoise_compiles_in_one_graph(policy: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
 
 
+def test_autocast(policy: Any) -> None:
+    adapter, values = Level2MultiTaskDiT(policy()), batch()
+    wanted = adapter.loss(values, K, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adapter.loss(values, K, generator=torch.Generator().manual_seed(3))
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=0.03, atol=0.0)
+
+
 def test_dropout_runs(policy: Any) -> None:
     adapter, values = Level2MultiTaskDiT(policy(dropout=0.5)), batch()
     adapter.train()

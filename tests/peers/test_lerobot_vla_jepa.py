@@ -187,6 +187,15 @@ def test_denoise_compiles_in_one_graph(head: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
 
 
+def test_autocast(head: Any) -> None:
+    adapter, values = Level2ActionHead(head()), batch()
+    wanted = adapter.loss(values, K, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adapter.loss(values, K, generator=seeded())
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=0.03, atol=0.0)
+
+
 def test_dropout_runs(head: Any) -> None:
     adapter, values = Level2ActionHead(head()).train(), batch()
     first, second = (adapter.loss(values, 2, generator=seeded()) for _ in range(2))
