@@ -99,8 +99,8 @@ def attend(
 ) -> Tensor:  # [B, K, T, H, D]
     """Softmax over the condition's tokens and the sample's own; no tensor of the condition is copied per sample.
 
-    ``broadcast_attention`` for everything that it expresses; what remains (biases, masks per head, and self-attention,
-    which shares nothing) goes to torch's attention with the samples folded into the query axis, or is written out.
+    ``broadcast_attention`` for everything that it expresses; what remains (biases, masks per head, and ``per_sample``,
+    where nothing is shared) goes to torch's attention, the samples folded into its query axis, or is written out.
     """
     q, k, v, own_k, own_v = heads
     boolean = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)

@@ -39,7 +39,8 @@ class BroadcastAttnProcessor:
     at least (what ``upcast_attention`` and ``upcast_softmax`` ask for), except under biases, where torch's attention
     decides.
 
-    Without ``encoder_hidden_states`` a call is self-attention: each row for itself, as the peer does it.
+    Where nothing is shared, each row attends for itself in torch's attention, as the peer does it: without
+    ``encoder_hidden_states`` (self-attention), and at K = 1 unless ``impl`` names an implementation.
 
     Args:
         layout: "bk" (row b * K + k) or "kb" (row k * B + b) of ``hidden_states``.
@@ -80,11 +81,12 @@ class BroadcastAttnProcessor:
     ) -> Tensor:  # as hidden_states
         """Attend.
 
-        A boolean or integer mask says which tokens may be seen (not 0); a query that sees none gets 0 from attention. A
-        floating-point mask is added to the logits, as diffusers makes it of a boolean one. There is one row per
-        condition; ``[B * heads, ...]`` is what ``Attention.prepare_attention_mask`` makes. With added keys and values
-        the mask is about the condition's tokens. Masks per head and biases run in torch's attention with the samples
-        folded into its query axis; biases per query, or beside added keys, keep the weights for the backward pass.
+        A boolean or integer mask says which tokens may be seen (not 0); a query that sees none gets 0 from attention
+        (where nothing is shared: what torch gives). A floating-point mask is added to the logits, as diffusers makes it
+        of a boolean one. There is one row per condition; ``[B * heads, ...]`` is what
+        ``Attention.prepare_attention_mask`` makes. With added keys and values the mask is about the condition's tokens.
+        Masks per head and biases run in torch's attention with the samples folded into its query axis; biases per
+        query, or beside added keys, keep the weights for the backward pass.
 
         Memory of N rows (a model that repeats it, or K = 1) is each row's own.
 
@@ -122,7 +124,7 @@ class BroadcastAttnProcessor:
         out = attend(
             heads, mask, peer.norm_q if arithmetic.qk_norm else None,
             peer.scale if arithmetic.own_scale else heads.q.shape[-1] ** -0.5,
-            self.impl, per_sample=encoder_hidden_states is None,
+            self.impl, per_sample=encoder_hidden_states is None or (samples == 1 and self.impl is None),
         )  # fmt: skip
         out = peer.to_out[1](peer.to_out[0](merge_samples(out.flatten(-2), self.layout)))
         if channels_first:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +68,7 @@ def compare(
     channels: int = CM,
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
-    like: str | None = None,
+    impl: str | None = None,
     **kwargs: Any,
 ) -> None:
     """Output and every gradient, the memory's too, against the peer's own processor on repeated memory."""
@@ -78,8 +80,8 @@ def compare(
     mask_rows = None if mask is None else repeated(mask, k, layout)
     wanted = attn(hidden, encoder_hidden_states=repeated(memory, k, layout), attention_mask=mask_rows, **kwargs)
     expected = gradients(attn, wanted, hidden, memory)
-    like = type(own).__name__ if like is None else like
-    attn.set_processor(BroadcastAttnProcessor(layout=layout, like=like, impl=FAST if dtype == torch.float32 else None))
+    impl = FAST if impl is None and dtype == torch.float32 else impl
+    attn.set_processor(BroadcastAttnProcessor(layout=layout, like=type(own).__name__, impl=impl))
     try:
         ours = attn(hidden, encoder_hidden_states=memory, attention_mask=mask, **kwargs)
         found = gradients(attn, ours, hidden, memory)
@@ -131,6 +133,17 @@ def test_float32(case: str) -> None:
     for k, layout in ((1, "bk"), (5, "bk"), (5, "kb")):
         compare(attn, k, layout, dtype=torch.float32)
     compare(attn, 5, "bk", dtype=torch.float32, mask=additive(keep(), torch.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is chosen where there is no GPU")
+def test_triton() -> None:
+    """Strided rows ("kb"), a fused norm, a mask, and two segments, through the kernels."""
+    pytest.importorskip("triton")
+    options = {"impl": "triton", "dtype": torch.float32, "mask": keep()}
+    compare(attention(dtype=torch.float32, qk_norm="layer_norm"), 2, "kb", **options)
+    added = attention_processor.AttnAddedKVProcessor2_0()
+    attn = attention(dtype=torch.float32, **ADDED, processor=added)
+    compare(attn, 2, "kb", hidden=torch.randn(B * 2, C, 2, 2), **{**options, "mask": None})
 
 
 def keep() -> Tensor:  # [B, S] bool
@@ -706,6 +719,11 @@ def test_sliced_attention_is_replaced() -> None:
     attn.set_attention_slice(1)
     compare(attn, 5, "bk")
     assert apply_broadcast_attention(attn).replaced[0].before == "SlicedAttnProcessor"
+
+
+def test_imports_without_diffusers() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import minidiff_fast.integrations as i; i.BroadcastAttnProcessor()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
 # -------------------------------------------------------------------- errors
