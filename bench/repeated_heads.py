@@ -8,6 +8,7 @@ diffusers' ``Attention`` layers, every second one reading the vision-language to
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +177,8 @@ class FlowBlock(nn.Module):
 
 
 class FlowDiT(nn.Module):
+    """Every second block reads the memory, which may be a list with one tensor for each block."""
+
     def __init__(self, width: int, depth: int, heads: int, memory: int) -> None:
         super().__init__()
         self.timestep_encoder = TimestepEmbedder(width)
@@ -185,16 +188,15 @@ class FlowDiT(nn.Module):
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor,
-        encoder_attention_mask: Tensor | None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: Any, timestep: Tensor,
+        encoder_attention_mask: Tensor | None = None, return_pre_output: bool = False,
     ) -> Tensor:  # fmt: skip
         temb = self.timestep_encoder(timestep)
         for i, block in enumerate(self.transformer_blocks):
+            memory = encoder_hidden_states[i] if isinstance(encoder_hidden_states, list) else encoder_hidden_states
             own = i % 2 == 1
-            hidden_states = block(
-                hidden_states, None if own else encoder_hidden_states, None if own else encoder_attention_mask, temb
-            )
-        return self.norm_out(hidden_states)
+            hidden_states = block(hidden_states, None if own else memory, None if own else encoder_attention_mask, temb)
+        return hidden_states if return_pre_output else self.norm_out(hidden_states)
 
 
 class Drawn(NamedTuple):
@@ -207,34 +209,64 @@ class Drawn(NamedTuple):
 class FlowHead(nn.Module):
     """State token, future tokens and action tokens, denoised under cross-attention to the vision-language tokens."""
 
+    layerwise = False
+
     def __init__(
         self, actions: int = 7, width: int = 32, depth: int = 2, heads: int = 4, memory: int = 48, states: int = 8,
-        future: int = 4,
+        future: int = 4, horizon: int = 16, add_pos_embed: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.num_timestep_buckets = 1000
+        self.config = SimpleNamespace(noise_s=0.999, add_pos_embed=add_pos_embed)
+        self.num_timestep_buckets, self.action_horizon, self.action_dim = 1000, horizon, actions
+        self.beta_dist = torch.distributions.Beta(1.5, 1.0)
         self.model = FlowDiT(width, depth, heads, memory)
-        self.state_encoder = nn.Sequential(nn.Linear(states, width), nn.ReLU(), nn.Linear(width, width))
+        self.state_encoder = None
+        if states:
+            self.state_encoder = nn.Sequential(nn.Linear(states, width), nn.ReLU(), nn.Linear(width, width))
         self.action_encoder = ActionAndTime(actions, width)
         self.action_decoder = nn.Linear(width, actions)
         self.future_tokens = nn.Embedding(future, width)
+        if add_pos_embed:
+            self.position_embedding = nn.Embedding(64, width)
+
+    def sample_time(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        u = self.beta_dist.sample(torch.Size([batch_size])).to(device, dtype)
+        return (0.999 - u.clamp(max=0.999)) / 0.999
 
     def forward(
-        self, vl_embs: Tensor, actions: Tensor, state: Tensor, encoder_attention_mask: Tensor | None = None,
+        self, vl_embs: Any, actions: Tensor, state: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
         drawn: Drawn | None = None,
     ) -> Tensor:  # fmt: skip
         """starVLA's loss on repeated rows; noise and times may be given, for comparisons."""
         if drawn is None:
-            u = torch.rand(actions.shape[0], device=actions.device) ** (1 / 1.5)
-            drawn = Drawn(torch.randn_like(actions), ((0.999 - u) / 0.999).clamp(min=0))
-        t = drawn.t[:, None, None]
+            noise = torch.randn(actions.shape, device=actions.device, dtype=actions.dtype)
+            drawn = Drawn(noise, self.sample_time(actions.shape[0], actions.device, actions.dtype))
+        t = drawn.t[:, None, None].to(actions.dtype)
         steps = (drawn.t * self.num_timestep_buckets).long()
         features = self.action_encoder((1 - t) * drawn.noise + t * actions, steps)
-        future = self.future_tokens.weight[None].expand(actions.shape[0], -1, -1)
-        tokens = torch.cat([self.state_encoder(state), future, features], 1)
-        out = self.model(tokens, vl_embs, steps, encoder_attention_mask)
+        if self.config.add_pos_embed:
+            features = features + self.position_embedding(torch.arange(actions.shape[1], device=actions.device))
+        tokens = torch.cat([self.future_tokens.weight[None].expand(actions.shape[0], -1, -1), features], 1)
+        if state is not None and self.state_encoder is not None:
+            tokens = torch.cat([self.state_encoder(state), tokens], 1)
+        out = self.model(tokens, vl_embs, steps, encoder_attention_mask, return_pre_output=self.layerwise)
         velocity = self.action_decoder(out)[:, -actions.shape[1] :]
         return (velocity - (actions - drawn.noise)).square().mean()
+
+
+class LayerwiseFlowHead(FlowHead):
+    """Each layer of the head reads its own layer of the vision-language model."""
+
+    layerwise = True
+
+    def sample_time(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return (0.999 - self.beta_dist.sample(torch.Size([batch_size])).to(device, dtype)) / 0.999
+
+    def forward(
+        self, vl_embs_list: Any, actions: Tensor, state: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, drawn: Drawn | None = None,
+    ) -> Tensor:  # fmt: skip
+        return super().forward(vl_embs_list, actions, state, encoder_attention_mask, drawn)
 
 
 class ActionAndTime(nn.Module):
@@ -253,8 +285,3 @@ def sinusoids(t: Tensor, width: int) -> Tensor:  # [N] -> [N, width]
         -math.log(10000.0) * torch.arange(width // 2, device=t.device) / (width // 2)
     )
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def gradients(module: nn.Module, *inputs: Any) -> list[Tensor]:
-    """Those of every parameter that has one, then those of the inputs."""
-    return [p.grad for p in [*module.parameters(), *inputs] if p.grad is not None]
