@@ -26,6 +26,12 @@ B, T, A, C = 3, 16, 7, 48
 LAYOUTS = ("bk", "kb")
 
 
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference ops: tests/ops and tests/kernels compare the others to them (Triton's interpreter is slow)."""
+    monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
+
+
 @pytest.fixture(scope="module")
 def heads() -> Iterator[ModuleType]:
     """bench/repeated_heads.py: CogACT's ActionModel and starVLA's head, from their interfaces."""

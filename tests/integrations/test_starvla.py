@@ -26,6 +26,12 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 B, S, T, A, C = 3, 9, 16, 7, 48
 
 
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference ops: tests/ops and tests/kernels compare the others to them (Triton's interpreter is slow)."""
+    monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
+
+
 @pytest.fixture(scope="module")
 def heads() -> Iterator[ModuleType]:
     """bench/repeated_heads.py: starVLA's heads, from their interface."""
@@ -131,7 +137,7 @@ def test_nothing_of_the_tokens_is_kept_per_sample(heads: ModuleType) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         adapter.loss(inputs, k)
-    assert max(sizes) == B * s * C
+    assert B * s * C in sizes and not {B * k * s * C, B * k * s * 32} & set(sizes)  # tokens, or keys and values
 
 
 def test_copies(heads: ModuleType) -> None:

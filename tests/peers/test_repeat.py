@@ -28,6 +28,12 @@ CONFIG = SimpleNamespace(
 PROCESS = FlowMatching(noise_at=0, time_quantile=BetaTimes(1.5, start=1.0, stop=-0.001 / 0.999))
 
 
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference ops: tests/ops and tests/kernels compare the others to them (Triton's interpreter is slow)."""
+    monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
+
+
 def made(lerobot: Callable[[str], Any]) -> Any:
     return lerobot("policies.vla_jepa.action_head").VLAJEPAActionHead(CONFIG, cross_attention_dim=MEMORY)
 
