@@ -158,6 +158,15 @@ def test_autocast(heads: ModuleType) -> None:
     torch.testing.assert_close(lowered, wanted, rtol=0.03, atol=0.03)
 
 
+def test_compile(heads: ModuleType) -> None:
+    adapter, inputs = Level2StarVLA(heads.FlowHead()), batch()
+    drawn = adapter.draw(inputs, 3, generator=torch.Generator().manual_seed(1))
+    noised, cache = drawn.noised_by(adapter.process), adapter.encode(inputs)
+    assert noised is not None
+    compiled = torch.compile(adapter.denoise, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(cache, noised.x, noised.t), adapter.denoise(cache, noised.x, noised.t))
+
+
 def test_rows_are_checked(heads: ModuleType) -> None:
     adapter, inputs = Level2StarVLA(heads.FlowHead()), batch()
     for name in ("vl_embs", "state", "encoder_attention_mask"):
