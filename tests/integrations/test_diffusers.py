@@ -277,7 +277,12 @@ def test_norms_across_heads(norm: str) -> None:
 
 def test_self_attention_is_per_sample() -> None:
     """A converted module that is called without a memory, as vla_jepa's self-attention blocks are."""
-    for options in ({"qk_norm": "layer_norm"}, {"scale_qk": False}, {"cross_attention_norm": "layer_norm"}):
+    cases: list[dict[str, Any]] = [
+        {"qk_norm": "layer_norm"},
+        {"scale_qk": False},
+        {"cross_attention_norm": "layer_norm"},
+    ]
+    for options in (*cases, {"norm_num_groups": 4}):
         own, attn = attention(cross_attention_dim=C, **options), attention(cross_attention_dim=C, **options)
         apply_broadcast_attention(attn)
         hidden = torch.randn(B * 2, T, C).double()
