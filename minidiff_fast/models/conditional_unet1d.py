@@ -8,7 +8,7 @@ of the module of this name in diffusion_policy, so its checkpoints load strictly
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,9 @@ class ConditionalUnet1D(nn.Module):
 
     Raises :class:`InvalidArgument` for argument values that make no model.
     """
+
+    reads_parts: ClassVar[bool] = True
+    """FSDP2 shards this module as a whole: it reads parameters of its parts itself."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,9 @@ class TransformerForDiffusion(nn.Module):
 
     mask: Tensor | None
     memory_mask: Tensor | None
+
+    reads_parts: ClassVar[bool] = True
+    """FSDP2 shards this module as a whole: it reads parameters of its parts itself."""
 
     def __init__(
         self,
