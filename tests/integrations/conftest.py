@@ -113,6 +113,11 @@ def unet() -> DiffusionPolicy:
     )
 
 
+def shallow_unet() -> DiffusionPolicy:
+    """One resolution, which compilers get through soon."""
+    return policy_of(ConditionalUnet1D(A, None, OBS_STEPS * 8, 8, (8,), 3, 4, num_train_timesteps=10), flat=True)
+
+
 def transformer(dropout: float = 0.0) -> DiffusionPolicy:
     return policy_of(
         TransformerForDiffusion(
@@ -166,6 +171,7 @@ class Case:
 
 
 OBJECTIVE = DenoisingLoss(DiffusionProcess(torch.linspace(0.99, 0.01, 10)))
+SHALLOW_UNET = Case("shallow_unet", shallow_unet)
 CASES = [
     Case("unet", unet),
     Case("transformer", transformer, dropout=True),
@@ -176,9 +182,13 @@ CASES = [
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, cases in (("case", CASES), ("dropout_case", [case for case in CASES if case.dropout])):
+    random = [case for case in CASES if case.dropout]
+    for name, cases in (("case", CASES), ("traced_case", [SHALLOW_UNET, *CASES]), ("dropout_case", random)):
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, cases, ids=[case.name for case in cases])
+            slow = [pytest.mark.slow] if name == "traced_case" else []
+            metafunc.parametrize(
+                name, [pytest.param(c, id=c.name, marks=slow if c.name == "unet" else []) for c in cases]
+            )
 
 
 @pytest.fixture(scope="session")

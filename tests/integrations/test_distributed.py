@@ -171,13 +171,10 @@ def encodes_and_samples_after_sharding(case: Any, objective: Any, rank: int, wra
 
 
 def mixed_precision(case: Any, objective: Any, rank: int, wrap: Any) -> Any:
-    """A unit of its own casts what the normalisers, always float32, hand to it; otherwise autocast does."""
-    policy, parts = case.build(), wrap is fsdp_parts
-    policies = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    for part in (policy.encoder, policy.denoiser, policy) if parts else (policy,):
-        fully_shard(part, mp_policy=policies)
-    with torch.autocast("cpu", torch.bfloat16, enabled=not parts):
-        result = level2_step(policy, objective, shard(case.batch(k=K), rank), chunk=2)
+    policy, mixed = case.build(), MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for part in (policy.encoder, policy.denoiser, policy) if wrap is fsdp_parts else (policy,):
+        fully_shard(part, mp_policy=mixed)
+    result = level2_step(policy, objective, shard(case.batch(k=K), rank), chunk=2)
     return result.per_sample.tolist(), gradients(policy)
 
 
