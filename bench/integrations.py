@@ -28,7 +28,7 @@ from torch import Tensor
 
 NAMES = (
     "diffusers", "torch_modules", "lerobot_diffusion", "diffusion_policy", "multi_task_dit", "vla_jepa", "groot",
-    "smolvla", "pi0", "repeat",
+    "smolvla", "pi0", "repeat", "cogact",
 )  # fmt: skip
 TOLERANCE = 1e-3
 """Of losses and gradients, relative to the largest: float32 sums in another order."""

@@ -107,6 +107,7 @@ ABSENT = (
     "draccus", "draccus.choice_types", "draccus.parsers", "draccus.utils", "datasets", "deepdiff", "jsonlines", "cv2",
     "torchvision", "torchvision.models", "torchvision.transforms", "torchvision.transforms.v2",
     "torchvision.transforms.functional", "torchvision.transforms.v2.functional",
+    "torchvision.models._utils", "torchvision.ops", "torchvision.ops.misc",
     "lerobot.utils.io_utils", "lerobot.processor.pipeline",  # in the syntax of Python 3.12
     "lerobot.configs.train",  # the command line
 )  # fmt: skip

@@ -4,6 +4,18 @@ Every module here knows its peer by interface, not by import: the peer is whatev
 """
 
 from minidiff_fast.integrations.adapter import Level2Adapter
+from minidiff_fast.integrations.diffusers import BroadcastAttnProcessor, apply_broadcast_attention, cached_condition
 from minidiff_fast.integrations.report import ConversionReport, Left, Replaced
+from minidiff_fast.integrations.torch_modules import convert, encode_memory
 
-__all__ = ["ConversionReport", "Left", "Level2Adapter", "Replaced"]
+__all__ = [
+    "BroadcastAttnProcessor",
+    "ConversionReport",
+    "Left",
+    "Level2Adapter",
+    "Replaced",
+    "apply_broadcast_attention",
+    "cached_condition",
+    "convert",
+    "encode_memory",
+]

@@ -70,8 +70,8 @@ class ConversionReport:
         """
         if self._undo is None:
             raise InvalidArgument("ConversionReport.revert: there is nothing (or nothing any more) to undo")
-        undo, self._undo = self._undo, None
-        undo()
+        self._undo()
+        self._undo = None  # a refused way back can be tried again
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, left {len(self.left)}"]

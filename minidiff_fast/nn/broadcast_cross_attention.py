@@ -27,7 +27,8 @@ class BroadcastCrossAttention(ProjectedAttention):
 
     * ``key`` and ``value`` have B rows for the N rows of ``query``; ``layout`` says how rows belong to conditions;
     * the attention weights are not returned (None), as they are never stored: ``need_weights=True`` raises;
-    * masks are boolean; a query that sees no token gives the bias of ``out_proj`` (the parent class gives NaN);
+    * masks are boolean; a query that sees no token gives the bias of ``out_proj`` (the parent class gives NaN where it
+      returns weights);
     * the keys and values can be projected ahead (:meth:`project_condition`,
       :meth:`ConditionCache.build <minidiff_fast.nn.ConditionCache.build>`) and handed over as ``cache``.
 

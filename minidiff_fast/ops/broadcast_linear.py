@@ -110,13 +110,23 @@ def broadcast_linear_reference(
 ) -> Tensor:
     """The definition of :func:`broadcast_linear`: plain PyTorch, any dtype, differentiable any number of times.
 
-    The products are ``torch.nn.functional.linear``; g is never repeated.
+    g is never repeated.
     """
     act = ACTIVATIONS[activation]
     if combine == "sum":
         return F.linear(act(x + _over_samples(g, x)), weight, bias)
-    of_sample, of_condition = weight[:, : x.shape[-1]], weight[:, x.shape[-1] :]
-    return F.linear(act(x), of_sample) + _over_samples(F.linear(act(g), of_condition, bias), x)
+    of_sample, of_condition = weight.split([x.shape[-1], g.shape[-1]], 1)
+    own, shared = _product(act(x), of_sample), _product(act(g), of_condition)
+    return own + _over_samples(shared if bias is None else shared + bias, x)
+
+
+def _product(
+    x: Tensor,  # [..., Ci]
+    weight: Tensor,  # [Co, Ci]
+) -> Tensor:  # [..., Co]
+    """``linear`` in the order in which torch gives columns of a larger weight a gradient by rows, as the weight is."""
+    rows = (weight @ x.flatten(0, -2).T).T
+    return rows.reshape(*x.shape[:-1], weight.shape[0]).contiguous()
 
 
 def _over_samples(per_condition: Tensor, x: Tensor) -> Tensor:

@@ -29,3 +29,18 @@ def test_revert_runs_once() -> None:
 def test_nothing_replaced_has_nothing_to_undo() -> None:
     with pytest.raises(InvalidArgument, match="nothing"):
         ConversionReport(left=[Left("", "Model", "it is a test")]).revert()
+
+
+def test_a_refused_way_back_can_be_tried_again() -> None:
+    blocked = [True]
+
+    def undo() -> None:
+        if blocked:
+            raise InvalidArgument("not now")
+
+    report = ConversionReport(undo=undo)
+    with pytest.raises(InvalidArgument, match="not now"):
+        report.revert()
+    blocked.clear()
+    report.revert()
+    assert report.reverted

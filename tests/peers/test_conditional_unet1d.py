@@ -1,102 +1,25 @@
-"""ConditionalUnet1D against lerobot's DiffusionConditionalUnet1d, the real one, from its wheel.
-
-The wheel is looked for in $MINIDIFF_FAST_PEERS (default ~/.cache/minidiff_fast/peers) and downloaded there by pip where
-it is missing; without it the tests are skipped. Nothing of it is installed: its policies are plain PyTorch, and the
-packages around them, which want other versions of everything, are entered as empty modules.
-"""
+"""ConditionalUnet1D against lerobot's DiffusionConditionalUnet1d, the real one."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import subprocess
-import sys
-import types
-import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minidiff_fast.integrations import _unet_keys
 from minidiff_fast.models import ConditionalUnet1D
-
-VERSION = "0.6.1"
-FOLDER = Path(os.environ.get("MINIDIFF_FAST_PEERS", "~/.cache/minidiff_fast/peers")).expanduser()
-PACKAGES = ["lerobot", "lerobot.configs", "lerobot.policies", "lerobot.policies.diffusion", "lerobot.utils"]
-"""Packages whose __init__ is not run; their modules are found through __path__."""
-STUBS = {
-    "torchvision": {},
-    "lerobot.policies.pretrained": {"PreTrainedPolicy": torch.nn.Module},
-    "lerobot.policies.utils": dict.fromkeys(
-        ("get_device_from_parameters", "get_dtype_from_parameters", "get_output_shape", "populate_queues")
-    ),
-    "lerobot.policies.diffusion.configuration_diffusion": {"DiffusionConfig": SimpleNamespace},
-}
-"""Modules that the U-Net does not use but the file that it is in imports."""
-
-
-def unpacked() -> Path:
-    """The folder of the unpacked wheel, or a skip that says why there is none."""
-    target = FOLDER / f"lerobot-{VERSION}"
-    if (target / "lerobot").is_dir():
-        return target
-    wheels = list(FOLDER.glob(f"lerobot-{VERSION}-*.whl"))
-    if not wheels:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--ignore-requires-python"]
-        command += ["--retries", "0", "--timeout", "20", "-d", str(FOLDER), f"lerobot=={VERSION}"]
-        try:
-            FOLDER.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-            reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = [str(error)]
-        wheels = list(FOLDER.glob(f"lerobot-{VERSION}-*.whl"))
-        if not wheels:
-            pytest.skip(f"lerobot {VERSION} is not in {FOLDER} and could not be downloaded: {reason[0]}")
-    unfinished = FOLDER / f"lerobot-{VERSION}.{os.getpid()}"
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        wheel.extractall(unfinished)
-    try:
-        unfinished.rename(target)
-    except OSError:  # another process was first
-        assert (target / "lerobot").is_dir()
-    return target
 
 
 @pytest.fixture(scope="module")
-def peer():
-    """The module lerobot.policies.diffusion.modeling_diffusion; sys.modules is as before afterwards."""
-    root = unpacked()
-    before = dict(sys.modules)
-    try:
-        for name in PACKAGES:
-            package = types.ModuleType(name)
-            package.__path__ = [str(root / name.replace(".", "/"))]
-            sys.modules[name] = package
-        for name, contents in STUBS.items():
-            module = types.ModuleType(name)
-            vars(module).update(contents)
-            sys.modules[name] = module
-        imports = types.ModuleType("lerobot.utils.import_utils")
-        vars(imports).update(_diffusers_available=False, require_package=lambda *_: None)
-        sys.modules[imports.__name__] = imports
-        yield importlib.import_module("lerobot.policies.diffusion.modeling_diffusion")
-    finally:
-        for name in set(sys.modules) - set(before):
-            if name.split(".")[0] in ("lerobot", "torchvision"):
-                del sys.modules[name]
-        sys.modules.update(before)
+def peer(lerobot):
+    """The module lerobot.policies.diffusion.modeling_diffusion."""
+    return lerobot("policies.diffusion.modeling_diffusion")
 
 
 def lerobot_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our (and diffusion_policy's) names -> lerobot's."""
-    renamed = {}
-    for name, value in state.items():
-        name = re.sub(r"\.blocks\.([01])\.", lambda match: f".conv{int(match[1]) + 1}.", name)
-        renamed[re.sub(r"(modules\.\d+\.2)\.conv\.", r"\1.", name)] = value
-    return renamed
+    return {_unet_keys.lerobot(name): value for name, value in state.items()}
 
 
 def build(peer, scale, dims=(16, 32, 24), kernel=5, dtype=torch.float64):
