@@ -100,6 +100,27 @@ class PrefixDenoiser(nn.Module):
         return self.head(torch.tanh(own + self.attention.denoise(own, cache[0])))
 
 
+class DiffusersHead(nn.Module):
+    """A block of diffusers whose cross-attention reads memory that is not repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers.models.attention import BasicTransformerBlock
+
+        from minidiff_fast.integrations import apply_broadcast_attention
+
+        self.inward, self.time, self.head = nn.Linear(A, WIDTH), Embedding(), nn.Linear(WIDTH, A)
+        self.block = BasicTransformerBlock(WIDTH, 2, 8, cross_attention_dim=8)
+        apply_broadcast_attention(self.block)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def denoise(self, cache: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        rows = (self.inward(x) + self.time(t)[:, :, None]).flatten(0, 1)
+        return self.head(self.block(rows, encoder_hidden_states=cache)).unflatten(0, x.shape[:2])
+
+
 def policy_of(denoiser: nn.Module, flat: bool = False) -> DiffusionPolicy:
     ranges = MinMaxNormalizer(-torch.ones(STATE), torch.ones(STATE))
     actions = MinMaxNormalizer(-torch.ones(A), torch.ones(A))
@@ -137,6 +158,10 @@ def cross_attention(dropout: float = 0.0) -> DiffusionPolicy:
 
 def prefix(dropout: float = 0.0) -> DiffusionPolicy:
     return policy_of(PrefixDenoiser(dropout))
+
+
+def diffusers_head() -> DiffusionPolicy:
+    return policy_of(DiffusersHead())
 
 
 @dataclass(frozen=True)
@@ -178,6 +203,7 @@ CASES = [
     Case("mlp", mlp),
     Case("cross_attention", cross_attention, dropout=True),
     Case("prefix", prefix, dropout=True),
+    Case("diffusers_head", diffusers_head),
 ]
 
 

@@ -43,6 +43,7 @@ OPS = {
     "mlp": set(),
     "cross_attention": {"broadcast_attention_fwd", "broadcast_modulate_fwd"},
     "prefix": {"broadcast_attention_fwd"},
+    "diffusers_head": {"broadcast_attention_fwd"},
 }
 
 
