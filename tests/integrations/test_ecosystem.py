@@ -142,7 +142,8 @@ def test_checkpointed_blocks(case, impl, objective):
     exact = gradients(policy)
     modules = (nn.TransformerDecoderLayer, nn.MultiheadAttention)  # whose parameters are read without their forward
     apply_activation_checkpointing(
-        policy, check_fn=lambda module: isinstance(module, (nn.Linear, nn.Sequential)) and not isinstance(module, modules)
+        policy,
+        check_fn=lambda module: isinstance(module, (nn.Linear, nn.Sequential)) and not isinstance(module, modules),
     )
     assert any(isinstance(module, CheckpointWrapper) for module in policy.modules())
     level2_step(policy, objective, batch, chunk=4)
