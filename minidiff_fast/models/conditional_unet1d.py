@@ -45,6 +45,7 @@ class ConditionModulation(NamedTuple):
 
 
 pytree._register_namedtuple(ConditionModulation, serialized_type_name="minidiff_fast.models.ConditionModulation")
+torch.serialization.add_safe_globals([ConditionModulation])  # saved exports hold one as their example
 
 
 class ConditionalUnet1D(nn.Module):

@@ -28,6 +28,7 @@ class ConditionFeatures(NamedTuple):
 
 
 pytree._register_namedtuple(ConditionFeatures, serialized_type_name="minidiff_fast.models.ConditionFeatures")
+torch.serialization.add_safe_globals([ConditionFeatures])  # saved exports hold one as their example
 
 
 class DiffusionMLP(nn.Module):

@@ -347,3 +347,4 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 pytree._register_namedtuple(LayerCache, serialized_type_name="minidiff_fast.nn.LayerCache")
+torch.serialization.add_safe_globals([ConditionCache, LayerCache])  # saved exports hold one as their example
