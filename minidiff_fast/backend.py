@@ -88,6 +88,12 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the native kernels run on the CPU, not on {device.type!r}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the native kernels take float32 and bfloat16, not {dtype}; use impl='reference'"
+    return _native_missing()
+
+
+@torch.compiler.assume_constant_result
+def _native_missing() -> str | None:
+    """Loads the library, which torch.compile cannot trace, while it traces: the answer holds for the process."""
     return native.why_missing()
 
 

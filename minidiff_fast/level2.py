@@ -6,7 +6,7 @@ r"""The Level-2 step: encode B conditions once, pair each with K noised samples,
 The K samples run in chunks. Every chunk but the last adds its gradient into a detached copy of the cache; the
 backward of the last chunk carries that sum on into the encoder. The memory is that of one chunk whatever K is, the
 gradient is that of the unchunked step, and every parameter gets its gradient in that last backward, which is the
-only one that DistributedDataParallel synchronises.
+only one that DistributedDataParallel and FSDP2 synchronise.
 
 Source: two-level minibatching, Mini-Diffuser (Hu et al., arXiv 2505.09430).
 """
@@ -14,19 +14,18 @@ Source: two-level minibatching, Mini-Diffuser (Hu et al., arXiv 2505.09430).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.nn.condition_cache import held_conditions
 from minidiff_fast.ops.level2_noise import NoiseDraw, TimestepDraw
+from minidiff_fast.parallel import check_times, unwrap
 from minidiff_fast.policy import Policy
 from minidiff_fast.shapes import check_shape, describe
 
@@ -197,8 +196,9 @@ def level2_step(
 
     Args:
         policy: a :class:`~minidiff_fast.policy.Policy`, or one whose ``forward`` is ``denoise``, wrapped in
-            ``DistributedDataParallel`` (then only the last backward synchronises), in ``torch.compile``, or in both.
-            ``encode`` is called on the module inside. FSDP shards parameters that ``encode`` needs: it is refused.
+            ``DistributedDataParallel``, in ``torch.compile`` or in both, or sharded by FSDP2 (``fully_shard``, see
+            :func:`~minidiff_fast.parallel.prepare_fsdp`); ``encode`` is called on the module inside. Only the last
+            backward synchronises. FSDP1 is refused.
         objective: gives the loss per sample.
         batch: see :class:`Level2Batch`.
         chunk: samples per condition that run at once; None runs all K at once. The memory is that of one chunk.
@@ -209,8 +209,9 @@ def level2_step(
     ``torch.autocast``: backward passes leave it, and a 16-bit cache gathers its gradient in float32.
 
     Raises:
-        InvalidArgument: chunk < 1, gradients switched off (``torch.no_grad()``), FSDP, or a cache without tensors of
-            leading dimension B (a :class:`~minidiff_fast.nn.ConditionCache` knows its B, packed or not).
+        InvalidArgument: chunk < 1, gradients switched off (``torch.no_grad()``), FSDP1, FSDP2 that would round
+            continuous times to 16 bits, or a cache without tensors of leading dimension B (a
+            :class:`~minidiff_fast.nn.ConditionCache` knows its B, packed or not).
 
     Example::
 
@@ -225,7 +226,8 @@ def level2_step(
     if not torch.is_grad_enabled():
         raise InvalidArgument("level2_step runs a backward pass: call it with gradients enabled")
     scale = loss_scale if loss_scale is not None else _identity
-    bare, parallel = _unwrap(policy)
+    bare, without_sync = unwrap(policy, "level2_step")
+    check_times(bare, batch.timesteps, "level2_step")
     denoise: Any = bare.denoise if policy is bare else policy
     total = batch.timesteps.numel()
 
@@ -236,7 +238,7 @@ def level2_step(
     gatherers = [_gatherer(leaf) for leaf in leaves] if len(starts) > 1 else []
     losses = []
     for start in starts[:-1]:
-        with parallel.no_sync() if parallel is not None else nullcontext():
+        with without_sync():
             detached = [
                 leaf if gatherer is None else gatherer.to(leaf.dtype)
                 for leaf, gatherer in zip(leaves, gatherers, strict=True)
@@ -259,23 +261,6 @@ def level2_step(
     )
     per_sample = torch.cat(losses, dim=1)
     return Level2Result(per_sample.sum() / total, per_sample)
-
-
-def _unwrap(policy: Any) -> tuple[Any, DistributedDataParallel | None]:
-    """The module that has ``encode``, inside torch.compile and DistributedDataParallel, and the latter if there."""
-    parallel = None
-    while True:
-        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(policy).__mro__):
-            raise InvalidArgument(
-                f"level2_step: policy must not be wrapped in FSDP ({type(policy).__name__}): encode() would read its "
-                "sharded parameters; use DistributedDataParallel"
-            )
-        if isinstance(policy, DistributedDataParallel):
-            parallel, policy = policy, policy.module
-        elif hasattr(policy, "_orig_mod"):
-            policy = policy._orig_mod
-        else:
-            return policy, parallel
 
 
 def _backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:

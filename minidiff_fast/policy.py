@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument
@@ -61,15 +62,19 @@ class DiffusionPolicy(nn.Module):
         self.action_normalizer = action_normalizer
 
     def encode(self, obs: dict[str, Tensor]) -> Any:
-        """Raw observations ``{name: [B, To, ...]}`` in their units -> the denoiser's cache, leading dimension B."""
+        """Raw observations ``{name: [B, To, ...]}`` in their units -> the denoiser's cache, leading dimension B.
+
+        They are normalised in float32 at least, and go to the encoder in the dtype of the parameters.
+        """
         missing = sorted(set(self.obs_normalizers) - set(obs))
         if missing:
             raise InvalidArgument(
                 f"DiffusionPolicy.encode: obs must hold {sorted(self.obs_normalizers)}, "
                 f"{missing} missing in {sorted(obs)}"
             )
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         normalised = {
-            name: self.obs_normalizers[name](value) if name in self.obs_normalizers else value
+            name: self.obs_normalizers[name](value).to(dtype) if name in self.obs_normalizers else value
             for name, value in obs.items()
         }
         return self.denoiser.encode(self.encoder(normalised))

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from minidiff_fast.errors import InvalidArgument
@@ -138,3 +139,11 @@ def check_same(function: str, first: str, reference: Tensor, **others: Tensor | 
             raise InvalidArgument(
                 f"{function}: {name} must be on the device of {first}, {reference.device}, got {tensor.device}"
             )
+
+
+def more_samples(
+    timesteps: Tensor,  # [B or 1, K or 1]
+    count: int,
+) -> bool:
+    """Whether a table of ``count`` timesteps is less work than all samples; False in an export, which has no sizes."""
+    return not torch.compiler.is_exporting() and timesteps.numel() > count

@@ -157,9 +157,10 @@ def check_cache(
         raise InvalidArgument(
             f"{NAME}: cache must come from encode() of this model and hold {blocks} modulations, got {len(film)}"
         )
-    batch, held = sample.shape[0], {t.shape[0] for t in (*film, *local)}
-    if held - {batch}:
-        raise InvalidArgument(f"{NAME}: cache must hold B = {batch} conditions, as sample, got {sorted(held)[0]}")
+    batch = sample.shape[0]
+    for held in (*film, *local):
+        if held.shape[0] != batch:
+            raise InvalidArgument(f"{NAME}: cache must hold B = {batch} conditions, as sample, got {held.shape[0]}")
     if tokens is not None and tokens != sample.shape[2]:
         raise InvalidArgument(
             f"{NAME}: the local condition in cache must have T = {sample.shape[2]} tokens, as sample, got {tokens}"

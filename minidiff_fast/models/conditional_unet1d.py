@@ -8,11 +8,12 @@ of the module of this name in diffusion_policy, so its checkpoints load strictly
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from minidiff_fast.models import _unet_checks as checks
 from minidiff_fast.models._unet_blocks import (
@@ -26,7 +27,7 @@ from minidiff_fast.models._unet_blocks import (
 )
 from minidiff_fast.models.transformer_for_diffusion import timestep_embedding
 from minidiff_fast.ops import broadcast_modulate
-from minidiff_fast.shapes import Layout, merge_samples, split_samples
+from minidiff_fast.shapes import Layout, merge_samples, more_samples, split_samples
 
 
 class ConditionModulation(NamedTuple):
@@ -41,6 +42,10 @@ class ConditionModulation(NamedTuple):
     local: tuple[Tensor, ...]
     """With a local condition: its first convolution, normalised and activated, and its residual, each
     [B, 1, T, C] (on the CPU) or [B, 1, C, T]."""
+
+
+pytree._register_namedtuple(ConditionModulation, serialized_type_name="minidiff_fast.models.ConditionModulation")
+torch.serialization.add_safe_globals([ConditionModulation])  # saved exports hold one as their example
 
 
 class ConditionalUnet1D(nn.Module):
@@ -71,14 +76,17 @@ class ConditionalUnet1D(nn.Module):
         layout: how :meth:`forward` orders its N = B * K rows, "bk" (row b*K + k) or "kb" (row k*B + b).
         impl: implementation of ``broadcast_modulate``; None or "auto" chooses by device.
         num_train_timesteps: where integer timesteps are from 0 to num_train_timesteps - 1, their part is computed
-            once per timestep and looked up, as soon as there are more samples than timesteps. A timestep outside
-            is an IndexError on the CPU and an assertion on a GPU.
+            once per timestep and looked up, as soon as there are more samples than timesteps (never in an export).
+            A timestep outside is an IndexError on the CPU and an assertion on a GPU.
 
     On the CPU convolutions run as matrix products over channels-last tokens
     (:mod:`minidiff_fast.nn.token_conv`), elsewhere as those of torch.
 
     Raises :class:`InvalidArgument` for argument values that make no model.
     """
+
+    reads_parts: ClassVar[bool] = True
+    """FSDP2 shards this module as a whole: it reads parameters of its parts itself."""
 
     def __init__(
         self,
@@ -196,7 +204,6 @@ class ConditionalUnet1D(nn.Module):
         """
         checks.check_sample(sample, timestep, self.input_dim, self.multiple, self._parameter)
         self._check_cache(cache, sample, local_cond)
-        self._check_cache(cache, sample, local_cond)
         film = self._film(cache, timestep)
         local = self._local(cache, local_cond, sample.shape[1], film)
         x, skips = self._inward(sample), []
@@ -230,7 +237,7 @@ class ConditionalUnet1D(nn.Module):
         """Of every block, in the order in which they run."""
         count = self.num_train_timesteps
         times, lookup = timestep, None
-        if count is not None and count < timestep.numel() and not timestep.is_floating_point():
+        if count is not None and not timestep.is_floating_point() and more_samples(timestep, count):
             times, lookup = torch.arange(count, device=timestep.device), timestep.long()
         embedded = timestep_embedding(times, self.step_dim).to(self._parameter.dtype)
         steps = F.mish(self.diffusion_step_encoder(embedded))  # [S, E] or [B, K, E]

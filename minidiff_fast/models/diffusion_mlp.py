@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.models.transformer_for_diffusion import timestep_embedding
@@ -24,6 +25,10 @@ class ConditionFeatures(NamedTuple):
 
     hidden: Tensor
     """[B, hidden_dim]: the condition's share of the first layer."""
+
+
+pytree._register_namedtuple(ConditionFeatures, serialized_type_name="minidiff_fast.models.ConditionFeatures")
+torch.serialization.add_safe_globals([ConditionFeatures])  # saved exports hold one as their example
 
 
 class DiffusionMLP(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,9 @@ class TransformerForDiffusion(nn.Module):
     mask: Tensor | None
     memory_mask: Tensor | None
 
+    reads_parts: ClassVar[bool] = True
+    """FSDP2 shards this module as a whole: it reads parameters of its parts itself."""
+
     def __init__(
         self,
         input_dim: int,
@@ -126,6 +129,8 @@ class TransformerForDiffusion(nn.Module):
         self.time_as_cond = time_as_cond
         self.obs_as_cond = cond_dim > 0
         self.encoder_only = not time_as_cond
+        self.shares = cond_dim > 0 and n_cond_layers == 0
+        """Whether the samples of a condition read the same keys and values."""
         self.T = horizon + (0 if time_as_cond else 1)
         self.T_cond = (1 if time_as_cond else 0) + (n_obs_steps if self.obs_as_cond else 0)
         self.layout: Layout = layout
@@ -215,7 +220,7 @@ class TransformerForDiffusion(nn.Module):
         embed = cast(nn.Linear, self.cond_obs_emb)
         position = cast(Tensor, self.cond_pos_emb)[:, 1 : 1 + cond.shape[1]]
         tokens = self.drop(embed(cond) + position)  # [B, To, E]
-        if not isinstance(self.encoder, nn.Sequential):
+        if not self.shares:
             return ConditionCache((), (), (tokens,))
         tokens = self.encoder(tokens)
         return ConditionCache.of([self._project_memory(layer, tokens) for layer in self._layers()])
@@ -351,8 +356,7 @@ class TransformerForDiffusion(nn.Module):
     def _check_memory(self, memory: ConditionCache, batch: int, samples: int) -> None:
         if not self.obs_as_cond:
             return
-        shares = isinstance(self.encoder, nn.Sequential)
-        expected = (len(self._layers()),) * 2 + (0,) if shares else (0, 0, 1)
+        expected = (len(self._layers()),) * 2 + (0,) if self.shares else (0, 0, 1)
         found = (len(memory.keys), len(memory.values), len(memory.tokens))
         if found != expected:
             raise InvalidArgument(
@@ -367,7 +371,7 @@ class TransformerForDiffusion(nn.Module):
             raise InvalidArgument(
                 f"TransformerForDiffusion: memory must hold equally many tokens a condition, got {memory}"
             )
-        if not shares and samples > 1 and self.unshared == "error":
+        if not self.shares and samples > 1 and self.unshared == "error":
             raise InvalidArgument(
                 "TransformerForDiffusion: with n_cond_layers > 0 the encoder mixes each sample's timestep "
                 f"into the observations, so K = {samples} samples cannot share a condition: pass cond "

@@ -15,7 +15,7 @@ from minidiff_fast.nn._modulation import (
 )
 from minidiff_fast.nn.broadcast_linear import check_widths
 from minidiff_fast.ops.broadcast_modulate import broadcast_modulate
-from minidiff_fast.shapes import check_shape, describe
+from minidiff_fast.shapes import check_shape, describe, more_samples
 
 ORDERS = {"shift_scale": ("shift", "scale"), "scale_shift": ("scale", "shift")}
 
@@ -35,7 +35,8 @@ class AdaLN(nn.Module):
     With an ``encoder`` (timesteps ``[R]`` -> embeddings ``[R, Ce]``) the module takes timesteps. When they are integers
     and ``num_train_timesteps`` is less than the number of samples, encoder and linear layer run on the table of all
     ``num_train_timesteps`` timesteps instead of on every sample, and samples look their row up. Which of the two runs
-    depends on shapes alone: nothing waits for the device. The linear layer is part of the table unless the form is
+    depends on shapes alone: nothing waits for the device; an export, whose sizes may vary, has no
+    table. The linear layer is part of the table unless the form is
     "sum" with a condition, which does not split. The encoder has to treat every row by itself, as every sinusoidal
     embedding with an MLP does; dropout inside of it would be drawn once per timestep. Floating-point timesteps (flow
     matching) are encoded one by one.
@@ -155,7 +156,7 @@ class AdaLN(nn.Module):
             raise InvalidArgument(f"AdaLN: timesteps must be int32, int64 or floating-point, got {timesteps.dtype}")
         count = self.num_train_timesteps
         assert self.encoder is not None
-        if count is None or timesteps.is_floating_point() or timesteps.numel() <= count:
+        if count is None or timesteps.is_floating_point() or not more_samples(timesteps, count):
             encoded = self._encoded(timesteps.reshape(-1))
             return self.projection(encoded.unflatten(0, tuple(timesteps.shape)), condition)
         table = self._encoded(torch.arange(count, device=timesteps.device, dtype=timesteps.dtype))

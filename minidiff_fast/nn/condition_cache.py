@@ -317,23 +317,24 @@ _TUPLES = ("keys", "values", "tokens")
 _OPTIONAL = ("lengths", "cu_seqlens", "mask")
 
 
-def _flatten(cache: ConditionCache) -> tuple[list[Any], tuple[str, ...]]:
-    """What is None is no child, so that every leaf is a tensor."""
+def _flatten(cache: ConditionCache) -> tuple[list[Any], str]:
+    """What is None is no child, so that every leaf is a tensor. The names are one string, which JSON gives back as it
+    was: saved exports compare it."""
     names = (*_TUPLES, *(name for name in _OPTIONAL if getattr(cache, name) is not None))
-    return [getattr(cache, name) for name in names], names
+    return [getattr(cache, name) for name in names], " ".join(names)
 
 
-def _flatten_with_keys(cache: ConditionCache) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+def _flatten_with_keys(cache: ConditionCache) -> tuple[list[tuple[Any, Any]], str]:
     children, names = _flatten(cache)
-    return [(pytree.GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], names
+    return [(pytree.GetAttrKey(name), child) for name, child in zip(names.split(), children, strict=True)], names
 
 
-def _unflatten(children: Iterable[Any], names: tuple[str, ...]) -> ConditionCache:
+def _unflatten(children: Iterable[Any], names: str) -> ConditionCache:
     """Without checks: transformations put other things than tensors, and tensors of other shapes, into a tree."""
     cache: ConditionCache = object.__new__(ConditionCache)
     for name in _OPTIONAL:
         object.__setattr__(cache, name, None)
-    for name, child in zip(names, children, strict=True):
+    for name, child in zip(names.split(), children, strict=True):
         object.__setattr__(cache, name, child)
     return cache
 
@@ -345,3 +346,5 @@ pytree.register_pytree_node(
     serialized_type_name="minidiff_fast.nn.ConditionCache",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+pytree._register_namedtuple(LayerCache, serialized_type_name="minidiff_fast.nn.LayerCache")
+torch.serialization.add_safe_globals([ConditionCache, LayerCache])  # saved exports hold one as their example

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,15 @@ class MinMaxNormalizer(nn.Module):
         center = torch.where(constant, self.minimum, self.minimum + extent / 2)
         return center, torch.where(constant, torch.ones_like(extent), extent / 2)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MinMaxNormalizer:
+        """The ranges stay float32 when a policy is cast: 16 bits would move them."""
+        before = {"minimum": self.minimum, "maximum": self.maximum}
+        super()._apply(fn, recurse)
+        for name, ranges in before.items():
+            if getattr(self, name).dtype != torch.float32:
+                setattr(self, name, ranges.to(getattr(self, name).device))
+        return self
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         lo, hi = state_dict.get(f"{prefix}minimum"), state_dict.get(f"{prefix}maximum")
         for key, value in (("minimum", lo), ("maximum", hi)):
@@ -156,6 +165,8 @@ class MinMaxNormalizer(nn.Module):
 
 
 def _range_problem(lo: Tensor, hi: Tensor) -> str | None:
+    if lo.is_meta or hi.is_meta:  # no values yet
+        return None
     if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
         return f"the ranges must be finite, got {lo.tolist()} to {hi.tolist()}"
     if bool((lo > hi).any()):
