@@ -44,7 +44,7 @@ def main() -> None:
         lambda: peer(samples, scene.repeat_interleave(K, 0)).square().mean().backward(),
         lambda: ours(samples, scene).square().mean().backward(),
     )
-    print(f"forward and backward, K = {K}: {before:.0f} ms repeated, {after:.0f} ms converted, ratio {before / after:.2f}")
+    print(f"a training step, K = {K}: {before:.0f} ms, {after:.0f} ms converted, ratio {before / after:.2f}")
     few, one = samples[:8], scene[:1].detach()
     with torch.no_grad():
         cache = encode_memory(ours, one)
@@ -52,7 +52,7 @@ def main() -> None:
             lambda: [peer(few, one.repeat_interleave(8, 0)) for _ in range(STEPS)],
             lambda: [ours(few, cache) for _ in range(STEPS)],
         )
-    print(f"{STEPS} denoising steps of 8 samples: {before:.0f} ms, {after:.0f} ms encoded once, ratio {before / after:.2f}")
+    print(f"{STEPS} denoising steps of 8: {before:.0f} ms, {after:.0f} ms encoded once, ratio {before / after:.2f}")
 
 
 if __name__ == "__main__":
