@@ -91,10 +91,13 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return _native_missing()
 
 
-@torch.compiler.assume_constant_result
 def _native_missing() -> str | None:
     """Loads the library, which torch.compile cannot trace, while it traces: the answer holds for the process."""
     return native.why_missing()
+
+
+# What torch.compiler.assume_constant_result sets; that imports the compiler, and with it Triton.
+_native_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: OpBackends, impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
