@@ -6,8 +6,11 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
+from minidiff_fast.models._plain import plain
 from minidiff_fast.nn.token_conv import token_conv1d, token_conv_transpose1d
 from minidiff_fast.ops import broadcast_modulate
+
+NAME = "ConditionalUnet1D"
 
 
 class Modulation(NamedTuple):
@@ -37,7 +40,9 @@ def convolve(
     if channel_axis(x) == 2:
         out = conv(rows)
     else:
-        function = token_conv1d if isinstance(conv, nn.Conv1d) else token_conv_transpose1d
+        transposed = isinstance(conv, nn.ConvTranspose1d)
+        plain(conv, nn.ConvTranspose1d if transposed else nn.Conv1d, NAME)
+        function = token_conv_transpose1d if transposed else token_conv1d
         padding = cast("tuple[int, ...]", conv.padding)
         out = function(rows, conv.weight, conv.bias, conv.stride[0], padding[0])
     return out.unflatten(0, x.shape[:2])
@@ -59,7 +64,7 @@ class ConvBlock(nn.Module):
         residual: Tensor | None = None,  # like the output
         impl: str | None = None,
     ) -> Tensor:
-        conv, norm = cast("tuple[nn.Conv1d, nn.GroupNorm]", tuple(self.block)[:2])
+        conv, norm = cast(nn.Conv1d, self.block[0]), plain(self.block[1], nn.GroupNorm, NAME)
         hidden = convolve(conv, x)
         return broadcast_modulate(
             hidden,
@@ -108,7 +113,7 @@ class ResidualBlock(nn.Module):
     @property
     def linear(self) -> nn.Linear:
         """From the activated condition, timestep first, to (scale, shift) or shift."""
-        return cast(nn.Linear, self.cond_encoder[1])
+        return plain(self.cond_encoder[1], nn.Linear, NAME)
 
     def forward(
         self,
@@ -121,7 +126,7 @@ class ResidualBlock(nn.Module):
 
     def residual(self, x: Tensor) -> Tensor:
         """x in the width of the output."""
-        return convolve(self.residual_conv, x) if isinstance(self.residual_conv, nn.Conv1d) else x
+        return x if isinstance(self.residual_conv, nn.Identity) else convolve(self.residual_conv, x)
 
     def modulation(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.models import _transformer_checks as checks
+from minidiff_fast.models._plain import plain
 from minidiff_fast.nn.condition_cache import ConditionCache
 from minidiff_fast.ops import broadcast_attention
 from minidiff_fast.shapes import Layout, merge_samples, samples_per_condition, split_samples
@@ -295,7 +296,7 @@ class TransformerForDiffusion(nn.Module):
         x = self.drop(x + self.pos_emb[:, :steps])
         for layer, keys, values in zip(self._layers(), memory.keys, memory.values, strict=True):
             x = x + _self_attention(layer, x, causal=self.mask is not None)
-            attention = layer.multihead_attn
+            attention = plain(layer.multihead_attn, nn.MultiheadAttention, checks.NAME)
             query = F.linear(
                 layer.norm2(x), attention.in_proj_weight[: self.n_emb], attention.in_proj_bias[: self.n_emb]
             )
@@ -345,7 +346,7 @@ class TransformerForDiffusion(nn.Module):
 
     def _project_memory(self, layer: nn.TransformerDecoderLayer, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention keys and values of memory tokens [..., E], each [..., H, D]."""
-        attention = layer.multihead_attn
+        attention = plain(layer.multihead_attn, nn.MultiheadAttention, checks.NAME)
         kv = F.linear(tokens, attention.in_proj_weight[self.n_emb :], attention.in_proj_bias[self.n_emb :])
         k, v = kv.unflatten(-1, (2, self.n_head, -1)).unbind(-3)
         return k, v
@@ -410,7 +411,7 @@ class TransformerForDiffusion(nn.Module):
 
 def _self_attention(layer: nn.TransformerDecoderLayer, x: Tensor, causal: bool) -> Tensor:
     """dropout(SelfAttention(LN(x))) of each sample's action tokens, x [B, K, T, E]."""
-    attention = layer.self_attn
+    attention = plain(layer.self_attn, nn.MultiheadAttention, checks.NAME)
     qkv = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
     qkv = qkv.flatten(0, 1).unflatten(-1, (3, attention.num_heads, -1))  # [N, T, 3, H, D]
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, H, T, D]

@@ -1,0 +1,26 @@
+"""Layers whose parameters their owner reads itself, past the layer's forward."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from minidiff_fast.errors import InvalidArgument
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def plain(layer: Any, kind: type[Layer], owner: str) -> Layer:
+    """``layer``, if all that it does is what torch's ``kind`` does with its parameters; parametrised weights count.
+
+    Raises:
+        InvalidArgument: another layer stands in its place, e.g. one with LoRA, which would go unheard.
+    """
+    if not isinstance(layer, kind) or type(layer).forward is not kind.forward:
+        raise InvalidArgument(
+            f"{owner}: reads the parameters of its {kind.__name__} itself, and a {type(layer).__module__}."
+            f"{type(layer).__name__} in its place would go unheard: merge it into the weights first (LoRA: "
+            "merge_and_unload), or adapt other layers"
+        )
+    return layer
