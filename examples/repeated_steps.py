@@ -54,4 +54,4 @@ for _ in range(5):
         loss().backward()
         times[name].append(time.perf_counter() - started)
 slow, fast = (statistics.median(taken[1:]) for taken in times.values())
-print(f"K = {K}: {slow * 1e3:.0f} ms repeated, {fast * 1e3:.0f} ms with RepeatedSteps: {slow / fast:.2f} times")
+print(f"K = {K}: {slow * 1e3:.0f} ms repeated, {fast * 1e3:.0f} ms with RepeatedSteps, ratio {slow / fast:.2f}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,12 +11,19 @@ from minidiff_fast.errors import InvalidArgument
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def plain(layer: Any, kind: type[Layer], owner: str) -> Layer:
+def bare(layer: nn.Module) -> nn.Module:
+    """What torch's activation checkpointing wraps, which computes the same."""
+    inner: nn.Module = getattr(layer, "_checkpoint_wrapped_module", layer)
+    return inner
+
+
+def plain(layer: nn.Module, kind: type[Layer], owner: str) -> Layer:
     """``layer``, if all that it does is what torch's ``kind`` does with its parameters; parametrised weights count.
 
     Raises:
         InvalidArgument: another layer stands in its place, e.g. one with LoRA, which would go unheard.
     """
+    layer = bare(layer)
     if not isinstance(layer, kind) or type(layer).forward is not kind.forward:
         raise InvalidArgument(
             f"{owner}: reads the parameters of its {kind.__name__} itself, and a {type(layer).__module__}."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from minidiff_fast.models._plain import plain
+from minidiff_fast.models._plain import bare, plain
 from minidiff_fast.nn.token_conv import token_conv1d, token_conv_transpose1d
 from minidiff_fast.ops import broadcast_modulate
 
@@ -40,11 +40,10 @@ def convolve(
     if channel_axis(x) == 2:
         out = conv(rows)
     else:
-        transposed = isinstance(conv, nn.ConvTranspose1d)
-        plain(conv, nn.ConvTranspose1d if transposed else nn.Conv1d, NAME)
+        transposed = isinstance(bare(conv), nn.ConvTranspose1d)
         function = token_conv_transpose1d if transposed else token_conv1d
-        padding = cast("tuple[int, ...]", conv.padding)
-        out = function(rows, conv.weight, conv.bias, conv.stride[0], padding[0])
+        read: Any = plain(conv, nn.ConvTranspose1d if transposed else nn.Conv1d, NAME)
+        out = function(rows, read.weight, read.bias, read.stride[0], read.padding[0])
     return out.unflatten(0, x.shape[:2])
 
 
@@ -126,7 +125,8 @@ class ResidualBlock(nn.Module):
 
     def residual(self, x: Tensor) -> Tensor:
         """x in the width of the output."""
-        return x if isinstance(self.residual_conv, nn.Identity) else convolve(self.residual_conv, x)
+        conv: Any = self.residual_conv
+        return x if isinstance(bare(conv), nn.Identity) else convolve(conv, x)
 
     def modulation(
         self,

@@ -207,14 +207,26 @@ CASES = [
 ]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    random = [case for case in CASES if case.dropout]
-    for name, cases in (("case", CASES), ("traced_case", [SHALLOW_UNET, *CASES]), ("dropout_case", random)):
-        if name in metafunc.fixturenames:
-            slow = [pytest.mark.slow] if name == "traced_case" else []
-            metafunc.parametrize(
-                name, [pytest.param(c, id=c.name, marks=slow if c.name == "unet" else []) for c in cases]
-            )
+def _params(cases: list[Case], slow: str = "") -> list[Any]:
+    return [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name == slow else []) for c in cases]
+
+
+@pytest.fixture(params=_params(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    """Every policy."""
+    return request.param
+
+
+@pytest.fixture(params=_params([SHALLOW_UNET, *CASES], slow="unet"))
+def traced_case(request: pytest.FixtureRequest) -> Case:
+    """Every policy, for tests that trace it: a shallow U-Net beside the whole one, which takes long."""
+    return request.param
+
+
+@pytest.fixture(params=_params([case for case in CASES if case.dropout]))
+def dropout_case(request: pytest.FixtureRequest) -> Case:
+    """Every policy with dropout."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
