@@ -223,6 +223,12 @@ def traced_case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
+@pytest.fixture(params=_params([SHALLOW_UNET, *CASES[1:]]))
+def shallow_case(request: pytest.FixtureRequest) -> Case:
+    """Every policy, with the shallow U-Net alone."""
+    return request.param
+
+
 @pytest.fixture(params=_params([case for case in CASES if case.dropout]))
 def dropout_case(request: pytest.FixtureRequest) -> Case:
     """Every policy with dropout."""
