@@ -226,8 +226,8 @@ def level2_step(
     if not torch.is_grad_enabled():
         raise InvalidArgument("level2_step runs a backward pass: call it with gradients enabled")
     scale = loss_scale if loss_scale is not None else _identity
-    bare, without_sync = unwrap(policy, "level2_step")
-    check_times(bare, batch.timesteps, "level2_step")
+    bare, without_sync, units = unwrap(policy, "level2_step")
+    check_times(units, batch.timesteps, "level2_step")
     denoise: Any = bare.denoise if policy is bare else policy
     total = batch.timesteps.numel()
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minidiff_fast.errors import InvalidArgument
 
-METHODS = ("encode", "denoise", "project_condition")
+METHODS = ("encode", "denoise", "project_condition", "actions", "mask")
 """What is called on a module beside its forward, and reads its parameters."""
 
 
@@ -28,6 +28,8 @@ class Unwrapped(NamedTuple):
     """The object with ``encode`` and ``denoise``."""
     without_sync: Callable[[], AbstractContextManager[Any]]
     """Backward passes in this context leave gradients on their rank."""
+    units: list[Any]
+    """The modules that FSDP2 has sharded."""
 
 
 def unwrap(policy: Any, caller: str) -> Unwrapped:
@@ -44,25 +46,27 @@ def unwrap(policy: Any, caller: str) -> Unwrapped:
             policy = policy._orig_mod
         else:
             break
-    if _instances(policy, "FullyShardedDataParallel"):
+    wrapped, units = _sharded(policy)
+    if wrapped:
         raise InvalidArgument(
             f"{caller}: policy must not be wrapped in FullyShardedDataParallel (FSDP1), whose parameters encode() "
             "cannot reach: use FSDP2, torch.distributed.fsdp.fully_shard(policy), or DistributedDataParallel"
         )
-    units = _instances(policy, "FSDPModule")
     if units:
         prepare_fsdp(policy)
         without_sync = _Units(list(units.values())).without_sync
-    return Unwrapped(policy, without_sync)
+    return Unwrapped(policy, without_sync, list(units.values()))
 
 
-def _instances(policy: Any, kind: str) -> dict[str, Any]:
-    """The modules of a class of torch.distributed.fsdp in ``policy``, by name; that is slow to import, and nothing is
-    an instance of what has not been imported."""
+def _sharded(policy: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The modules of FSDP1 in ``policy``, and those of FSDP2 by name. Both need a process group, and
+    torch.distributed.fsdp, which is slow to import: without them there is nothing to look for."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(policy, nn.Module):
-        return {}
-    return {name: module for name, module in policy.named_modules() if isinstance(module, getattr(fsdp, kind))}
+    if fsdp is None or not isinstance(policy, nn.Module) or not torch.distributed.is_initialized():
+        return [], {}
+    modules = dict(policy.named_modules())
+    first = [module for module in modules.values() if isinstance(module, fsdp.FullyShardedDataParallel)]
+    return first, {name: module for name, module in modules.items() if isinstance(module, fsdp.FSDPModule)}
 
 
 def prepare_fsdp(policy: nn.Module) -> nn.Module:
@@ -77,13 +81,13 @@ def prepare_fsdp(policy: nn.Module) -> nn.Module:
         InvalidArgument: ``policy`` holds nothing that ``fully_shard`` has sharded; or a part of a denoiser that reads
             its parts' parameters itself is a unit of its own: shard that denoiser as a whole.
     """
-    units = _instances(policy, "FSDPModule")
+    units = _sharded(policy)[1]
     if not units:
         raise InvalidArgument("prepare_fsdp: policy must hold modules that fully_shard has sharded, got none")
     for name, whole in policy.named_modules():
         if not getattr(whole, "reads_parts", False):
             continue
-        part = next((inner for inner in _instances(whole, "FSDPModule") if inner), None)
+        part = next((inner for inner in _sharded(whole)[1] if inner), None)
         if part is not None:
             raise InvalidArgument(
                 f"prepare_fsdp: {type(whole).__name__} reads the parameters of its parts itself, so that none of them "
@@ -93,9 +97,11 @@ def prepare_fsdp(policy: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     for module in units.values():
+        registered: set[str] = vars(module).setdefault("_gathered_methods", set())
         for method in METHODS:
-            if method not in vars(module) and callable(getattr(module, method, None)):
+            if method not in registered and callable(getattr(module, method, None)):
                 register_fsdp_forward_method(module, method)
+                registered.add(method)
     return policy
 
 
@@ -131,11 +137,11 @@ def _groups(state: Any) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
-def check_times(policy: Any, timesteps: torch.Tensor, caller: str) -> None:
-    """Raise where FSDP2 would round continuous times [B, K] to 16 bits on their way into ``denoise``."""
+def check_times(units: list[Any], timesteps: torch.Tensor, caller: str) -> None:
+    """Raise where FSDP2, with these sharded modules, would round continuous times [B, K] to 16 bits on their way."""
     if not timesteps.is_floating_point():
         return
-    for module in _instances(policy, "FSDPModule").values():
+    for module in units:
         if callable(getattr(module, "denoise", None)):
             mixed = module._get_fsdp_state()._mp_policy
             if mixed.cast_forward_inputs and mixed.param_dtype in (torch.bfloat16, torch.float16):

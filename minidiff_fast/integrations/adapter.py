@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.level2 import Level2Batch, Level2Result, Objective, level2_step
 from minidiff_fast.ops.level2_noise import NoiseDraw, TimestepDraw
+from minidiff_fast.parallel import check_times, unwrap
 from minidiff_fast.shapes import check_shape, describe
 
 
@@ -89,13 +90,26 @@ class Level2Adapter(nn.Module):
         batch: Any,
         k: int,
         *,
+        wrapped: nn.Module | None = None,
         generator: torch.Generator | None = None,
         timesteps: TimestepDraw = "iid",
         noise: NoiseDraw = "iid",
     ) -> Tensor:  # []
-        """The loss over B * K samples, to be called in place of the peer's; the encoder runs once."""
+        """The loss over B * K samples, to be called in place of the peer's; the encoder runs once.
+
+        ``wrapped`` is this adapter inside DistributedDataParallel or ``torch.compile``, where it is: without it the
+        backward pass of a replicated adapter would leave the gradients on each rank.
+
+        Raises:
+            InvalidArgument: ``wrapped`` is something else, or FSDP that :func:`~minidiff_fast.level2.level2_step`
+                refuses.
+        """
+        name = f"{type(self).__name__}.loss"
+        units = self._inside(wrapped, name)
         drawn = self.draw(batch, k, generator=generator, timesteps=timesteps, noise=noise)
-        return self.objective.per_sample(self, self.encode(drawn.obs), drawn).mean()
+        check_times(units, drawn.timesteps, name)
+        denoise = self if wrapped is None else wrapped
+        return self.objective.per_sample(denoise, self.encode(drawn.obs), drawn).mean()
 
     def step(
         self,
@@ -113,10 +127,21 @@ class Level2Adapter(nn.Module):
 
         ``wrapped`` is this adapter inside DistributedDataParallel or ``torch.compile``, where it is.
         """
+        self._inside(wrapped, f"{type(self).__name__}.step")
         drawn = self.draw(batch, k, generator=generator, timesteps=timesteps, noise=noise)
         return level2_step(
             self if wrapped is None else wrapped, self.objective, drawn, chunk=chunk, loss_scale=loss_scale
         )
+
+    def _inside(self, wrapped: nn.Module | None, caller: str) -> list[Any]:
+        """What FSDP2 has sharded, prepared for our calls; ``wrapped`` holds this adapter."""
+        inner = unwrap(self if wrapped is None else wrapped, caller)
+        if inner.policy is not self:
+            raise InvalidArgument(
+                f"{caller}: wrapped must be this adapter inside DistributedDataParallel or torch.compile, "
+                f"got a wrapped {type(inner.policy).__name__}"
+            )
+        return inner.units
 
     def _weight(self, actions: Tensor, mask: Tensor | None, k: int) -> Tensor | None:  # [B, K]
         """What turns the mean over a sample's counted tokens into the peer's mean over all conditions."""

@@ -145,7 +145,7 @@ class BroadcastAttnProcessor:
         self, attn: Any, memory: Tensor, arithmetic: Arithmetic, given: bool
     ) -> tuple[Tensor, Tensor]:  # [B, S, Hkv, D] each
         """Keys and values of the memory, or those that :func:`cached_condition` keeps."""
-        if self._kept is None or not given or torch.compiler.is_compiling():
+        if self._kept is None or not given or torch.compiler.is_compiling() or not _plain(attn):
             return _projected(attn, memory, arithmetic, norm_memory=given)
         return _kept(self._kept, attn, memory, arithmetic)
 
@@ -224,6 +224,12 @@ def _kept(kept: dict[int, _Kept], attn: Any, memory: Tensor, arithmetic: Arithme
     return found.k, found.v
 
 
+def _plain(attn: Any) -> bool:
+    """Whether parameters alone decide what the projections do: LoRA layers have switches and scales beside them."""
+    layers = [layer for layer in (attn.to_k, attn.to_v, attn.add_k_proj, attn.add_v_proj) if layer is not None]
+    return all(isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward for layer in layers)
+
+
 def _origin(attn: Any, memory: Tensor) -> tuple[Any, ...]:
     """Which memory and which weights: where they lie, and how often each was written to. No look at the values."""
     parts = (attn.to_k, attn.to_v, attn.add_k_proj, attn.add_v_proj, attn.norm_k, attn.norm_cross)
@@ -247,8 +253,8 @@ def cached_condition(model: nn.Module) -> Iterator[None]:
     The keys and values of a module are those of the last memory it saw. They are computed anew when it is given another
     tensor, or when the memory or a weight of theirs was written to in place (by anything that torch counts; writes
     through ``.data`` or from other libraries it does not). A view of the same tokens counts as the same memory. On
-    leaving the context nothing is kept. Code under ``torch.compile`` projects at every call: there the context does
-    nothing.
+    leaving the context nothing is kept. Code under ``torch.compile``, and projections that are no plain ``nn.Linear``
+    (LoRA has switches that cannot be seen), project at every call: there the context does nothing.
 
     Raises:
         InvalidArgument: ``model`` has no :class:`BroadcastAttnProcessor`; a context is open for it already; a call
@@ -292,7 +298,9 @@ def apply_broadcast_attention(model: nn.Module, *, layout: Layout = "bk", impl: 
 
     Args:
         model: any module; it may also be an ``Attention`` itself.
-        layout: "bk" (row b * K + k) or "kb" (row k * B + b) of the samples.
+        layout: "bk" (row b * K + k) or "kb" (row k * B + b) of the samples. Classifier-free guidance that stacks two
+            batches (``cat([x, x])`` beside ``cat([negative, positive])``) is 2 B conditions in layout "bk"; in "kb" its
+            rows are in neither order, which cannot be seen: run the two halves apart.
         impl: implementation of ``broadcast_attention``; None chooses by device.
 
     Raises:

@@ -24,7 +24,12 @@ def plain(layer: nn.Module, kind: type[Layer], owner: str) -> Layer:
         InvalidArgument: another layer stands in its place, e.g. one with LoRA, which would go unheard.
     """
     layer = bare(layer)
-    if not isinstance(layer, kind) or type(layer).forward is not kind.forward:
+    if isinstance(layer, kind) and layer._forward_pre_hooks:
+        raise InvalidArgument(
+            f"{owner}: reads the parameters of its {kind.__name__} itself, and the forward pre-hook of one (the old "
+            "weight_norm and spectral_norm are such hooks) would not run: use torch.nn.utils.parametrizations"
+        )
+    if not isinstance(layer, kind) or type(layer).forward is not kind.forward or "forward" in layer.__dict__:
         raise InvalidArgument(
             f"{owner}: reads the parameters of its {kind.__name__} itself, and a {type(layer).__module__}."
             f"{type(layer).__name__} in its place would go unheard: merge it into the weights first (LoRA: "

@@ -101,3 +101,32 @@ def test_masks_are_checked() -> None:
         Adapter().loss({**inputs, "mask": inputs["mask"][:, 1:]}, K)
     with pytest.raises(InvalidArgument, match="must be boolean"):
         Adapter().loss({**inputs, "mask": inputs["mask"].float()}, K)
+
+
+def test_the_loss_of_a_replicated_adapter_is_exchanged(tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        adapter, exchanged = Adapter(), []
+
+        def hook(state, bucket):
+            exchanged.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        wrapped = nn.parallel.DistributedDataParallel(adapter, find_unused_parameters=False)
+        wrapped.register_comm_hook(None, hook)
+        seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+        inputs = batch()
+        adapter.loss(inputs, K, generator=seeds[0], wrapped=wrapped).backward()
+        assert exchanged
+        gradients = [p.grad.clone() for p in adapter.parameters()]
+        adapter.zero_grad()
+        adapter.step(inputs, K, generator=seeds[1], wrapped=wrapped, chunk=2)
+        for p, gradient in zip(adapter.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+        for call in (adapter.loss, adapter.step):
+            with pytest.raises(InvalidArgument, match="wrapped must be this adapter inside .* got a wrapped Linear"):
+                call(inputs, K, wrapped=nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -573,6 +573,29 @@ def test_nothing_stale_is_served() -> None:
         assert len(attn.processor._kept) == 1
 
 
+class Scaled(nn.Module):
+    """As a LoRA layer: a number beside the weights decides what it does."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.scaling = base, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scaling
+
+
+def test_layers_with_switches_are_projected_at_every_call() -> None:
+    attn = attention()
+    attn.to_k = Scaled(attn.to_k)
+    apply_broadcast_attention(attn)
+    hidden, memory = torch.randn(B * 2, T, C).double(), torch.randn(B, S, CM).double()
+    with torch.no_grad(), cached_condition(attn):
+        attn(hidden, memory)
+        attn.to_k.scaling = 0.0
+        assert_same(attn(hidden, memory), copy.deepcopy(attn)(hidden, memory), 0.0)
+        assert not attn.processor._kept
+
+
 def test_self_attention_is_not_kept() -> None:
     attn = attention(cross_attention_dim=C)
     apply_broadcast_attention(attn)

@@ -95,3 +95,19 @@ def test_parametrised_weights_count() -> None:
         linear.weight.div_(2)
     parametrize.register_parametrization(linear, "weight", Doubled())
     torch.testing.assert_close(predict(model), wanted)
+
+
+def test_hooks_that_make_a_weight_are_refused() -> None:
+    model = unet()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model.down_modules[0][0].blocks[0].block[0])
+    with pytest.raises(InvalidArgument, match=r"pre-hook of one .*parametrizations"):
+        predict(model)
+
+
+def test_a_patched_forward_is_refused() -> None:
+    model = unet()
+    linear = model.down_modules[0][0].cond_encoder[1]
+    linear.forward = lambda x: 2 * x
+    with pytest.raises(InvalidArgument, match="would go unheard"):
+        predict(model)
