@@ -195,6 +195,53 @@ def test_16_bit_weights(build, inputs):
     assert all(torch.isfinite(g).all() for g in gradients(policy).values())
 
 
+def test_16_bit_frequencies(lerobot, tiny):
+    """bfloat16 rounds the peer's rotary frequencies: far along a prefix that makes another network, which is trained."""
+    size = tiny.Size(image=104, head_dim=64, layers=2, expert_width=32)  # 338 tokens of images
+    torch.manual_seed(0)
+    policy = tiny.pi0(lerobot, size, dtype="bfloat16")
+    both = policy.model.paligemma_with_expert
+    with torch.no_grad():
+        for layer in [*both.paligemma.model.language_model.layers, *both.gemma_expert.model.layers]:
+            layer.self_attn.q_proj.weight.mul_(4)
+            layer.self_attn.k_proj.weight.mul_(4)
+    batch = tiny.batch(size, 1)
+    adapter = level2(policy)
+    drawn = adapter.draw(batch, 2, generator=torch.Generator().manual_seed(1))
+    noised = adapter.objective.process.noised(drawn.actions, drawn.noise, drawn.timesteps)
+
+    def peers():
+        """The peer's loss and velocity."""
+        found = []
+        hook = policy.model.action_out_proj.register_forward_hook(lambda *a: found.append(a[-1]))
+        with torch.no_grad():
+            loss = peers_loss(policy, batch, drawn)
+        hook.remove()
+        return loss, found[0]
+
+    def ours(adapter):
+        with torch.no_grad():
+            cache = adapter.encode(batch)
+            loss = adapter.objective.per_sample(adapter, cache, drawn).mean()
+            return loss, adapter.denoise(cache, noised.x, noised.t).flatten(0, 1)
+
+    (wanted_loss, wanted), (loss, velocity) = peers(), ours(adapter)
+    rotary = both.paligemma.model.language_model.rotary_emb
+    rounded = rotary.inv_freq.clone()
+    rotary.inv_freq = 10_000.0 ** -(torch.arange(0, 64, 2).float() / 64)
+    _, exact = peers()
+    rotary.inv_freq = rounded
+    both.float()  # the same values, computed in float32
+    policy.float()
+    (true_loss, true), (wide_loss, wide) = peers(), ours(level2(policy))
+    torch.testing.assert_close(wide, true, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wide_loss, true_loss, rtol=1e-5, atol=0)
+    noise = (wanted - true).norm()
+    assert (velocity - wanted).norm() < 1.5 * noise and (velocity - true).norm() < 1.5 * noise
+    assert (exact - wanted).norm() > 3 * noise
+    torch.testing.assert_close(loss, wanted_loss, rtol=5e-3, atol=0)
+
+
 def test_autocast(build, inputs):
     adapter = level2(build())
     wide = adapter.loss(inputs, K, generator=torch.Generator().manual_seed(1))
