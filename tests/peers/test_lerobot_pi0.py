@@ -114,6 +114,36 @@ def test_gradient_checkpointing(build, inputs):
     check_against_peer(policy.train(), inputs, K)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with LoRA and its dropout."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.drop = base, torch.nn.Dropout(0.5)
+        self.down, self.up = torch.nn.Linear(base.in_features, 4), torch.nn.Linear(4, base.out_features)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(self.drop(x)))
+
+
+def test_gradient_checkpointing_with_dropout(build, inputs):
+    """Layers that run again drop what they dropped."""
+    policy = build().train()
+    for layer in policy.model.paligemma_with_expert.gemma_expert.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+    adapter, found = level2(policy), []
+    for saves in (False, True):
+        policy.model.gradient_checkpointing_enabled = saves
+        torch.manual_seed(3)
+        adapter.loss(inputs, K, generator=torch.Generator().manual_seed(1)).backward()
+        found.append(gradients(policy))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_one_pass_of_the_prefix_whatever_the_chunks(build, inputs):
     policy = build()
     adapter, both = level2(policy), policy.model.paligemma_with_expert

@@ -349,6 +349,11 @@ def test_policy_loss_and_gradients_are_the_peers(policy: Any, k: int, world: boo
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-6)
 
 
+def test_the_policys_mode_is_the_adapters(policy: Any, head: Any) -> None:
+    for wrap, peer in ((level2, policy()), (Level2ActionHead, head().eval())):
+        assert not wrap(peer).training and wrap(peer.train()).training
+
+
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_the_policy_still_acts(policy: Any) -> None:
     peer, values = policy(resize_images_to=(8, 8)), observed()

@@ -269,7 +269,7 @@ def rotary_of(owner: str, width: int, base: float) -> Rotary:
 def maybe_checkpoint(active: bool, function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)``, run again in the backward pass where ``active``."""
     if active:
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *arguments, use_reentrant=False)
     return function(*arguments)
 
 

@@ -124,6 +124,7 @@ class Level2GR00THead(Level2Adapter):
         objective = EntrywiseMaskedLoss(_process(peer))
         super().__init__()
         self.head: Any = head
+        self.training = head.training
         self.objective = objective
         self.report = apply_broadcast_attention(peer.model, impl=impl)
 
@@ -173,6 +174,7 @@ class Level2GR00T(Level2Adapter):
         objective = EntrywiseMaskedLoss(_process(head))
         super().__init__()
         self.policy: Any = policy
+        self.training = policy.training
         self.objective = objective
         self.report = apply_broadcast_attention(head.model, impl=impl)
 

@@ -88,6 +88,7 @@ class Level2ActionHead(Level2Adapter):
         objective = DenoisingLoss(_process(peer))
         super().__init__()
         self.head: Any = head
+        self.training = head.training
         self.objective = objective
         self.report = apply_broadcast_attention(peer.model, impl=impl)
 
@@ -148,6 +149,7 @@ class Level2VLAJEPA(Level2Adapter):
         objective = DenoisingAndConditionLoss(_process(peer.model.action_model))
         super().__init__()
         self.policy: Any = policy
+        self.training = policy.training
         self.objective = objective
         self.report = apply_broadcast_attention(peer.model.action_model.model, impl=impl)
 
