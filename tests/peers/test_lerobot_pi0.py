@@ -14,6 +14,7 @@ import torch
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.integrations.lerobot import level2
+from minidiff_fast.integrations.lerobot._flow_vla import Turns
 from minidiff_fast.integrations.lerobot.pi0 import Level2PI0
 
 B, K = 3, 5
@@ -270,6 +271,24 @@ def test_16_bit_frequencies(lerobot, tiny):
     assert (velocity - wanted).norm() < 1.5 * noise and (velocity - true).norm() < 1.5 * noise
     assert (exact - wanted).norm() > 3 * noise
     torch.testing.assert_close(loss, wanted_loss, rtol=5e-3, atol=0)
+
+
+def test_gradients_with_rounded_frequencies(build, inputs):
+    """As above in float32, where the peer's rotation can be compared exactly."""
+    for options in ({}, {"gradient_checkpointing": True}):
+        policy = build(dtype="bfloat16", **options).float()
+        check_against_peer(policy.train(), inputs, K)
+    adapter = level2(policy.eval())
+    x, t = torch.randn(B, K, 6, 5), torch.rand(B, K)
+    with torch.no_grad():
+        cache = adapter.encode(inputs)
+        compiled = torch.compile(adapter, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(cache, x, t), adapter(cache, x, t), rtol=1e-6, atol=1e-6)
+        exact = level2(build())
+        exact.load_state_dict(adapter.state_dict())
+        assert not torch.allclose(exact(exact.encode(inputs), x, t), adapter(cache, x, t), rtol=1e-6, atol=1e-6)
+        narrowed = copy.deepcopy(exact).to(torch.bfloat16)  # after the adapter was made
+        assert isinstance(narrowed._turns(torch.zeros(B, 1, 6)), Turns)
 
 
 def test_autocast(build, inputs):
