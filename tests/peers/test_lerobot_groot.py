@@ -317,6 +317,11 @@ def test_policy_loss_and_gradients_are_the_peers(policy: Any, k: int) -> None:
     torch.testing.assert_close(found, gradients(reference, wanted), rtol=1e-4, atol=5e-6)
 
 
+def test_the_policys_mode_is_the_adapters(policy: Any, head: Any) -> None:
+    for wrap, peer in ((level2, policy()), (Level2GR00THead, head())):
+        assert not wrap(peer).training and wrap(peer.train()).training
+
+
 def test_policy_runs_in_bfloat16(policy: Any) -> None:
     adapter, values = level2(policy(bf16=True)), observed()
     cache = adapter.encode(values)

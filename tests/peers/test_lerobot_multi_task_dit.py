@@ -226,6 +226,29 @@ def test_other_policies_are_refused(policy: Any) -> None:
         Level2MultiTaskDiT(peer)
 
 
+class Adapted(nn.Module):
+    """As peft's layers: it has the base layer's weight and does more than it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+def test_layers_adapted_later_are_not_ignored(policy: Any) -> None:
+    adapter, values = Level2MultiTaskDiT(policy()), batch()
+    modulation = adapter.policy.noise_predictor.transformer_blocks[1].adaLN_modulation
+    modulation[1] = Adapted(modulation[1])
+    with pytest.raises(InvalidArgument, match=r"Level2MultiTaskDiT: reads the parameters .*Adapted.*merge_and_unload"):
+        adapter.loss(values, 2)
+
+
+def test_the_policys_mode_is_the_adapters(policy: Any) -> None:
+    assert not level2(policy()).training and level2(policy().train()).training
+
+
 def test_narrowing_flow() -> None:
     with pytest.raises(InvalidArgument, match="sigma_min in"):
         NarrowingFlow(sigma_min=1.5)

@@ -14,6 +14,7 @@ import torch
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.integrations.lerobot import level2
+from minidiff_fast.integrations.lerobot._flow_vla import Turns
 from minidiff_fast.integrations.lerobot.pi0 import Level2PI0
 
 B, K = 3, 5
@@ -114,6 +115,36 @@ def test_gradient_checkpointing(build, inputs):
     check_against_peer(policy.train(), inputs, K)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with LoRA and its dropout."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.drop = base, torch.nn.Dropout(0.5)
+        self.down, self.up = torch.nn.Linear(base.in_features, 4), torch.nn.Linear(4, base.out_features)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(self.drop(x)))
+
+
+def test_gradient_checkpointing_with_dropout(build, inputs):
+    """Layers that run again drop what they dropped."""
+    policy = build().train()
+    for layer in policy.model.paligemma_with_expert.gemma_expert.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+    adapter, found = level2(policy), []
+    for saves in (False, True):
+        policy.model.gradient_checkpointing_enabled = saves
+        torch.manual_seed(3)
+        adapter.loss(inputs, K, generator=torch.Generator().manual_seed(1)).backward()
+        found.append(gradients(policy))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_one_pass_of_the_prefix_whatever_the_chunks(build, inputs):
     policy = build()
     adapter, both = level2(policy), policy.model.paligemma_with_expert
@@ -193,6 +224,71 @@ def test_16_bit_weights(build, inputs):
     torch.testing.assert_close(loss, wanted, rtol=5e-3, atol=0)
     loss.backward()
     assert all(torch.isfinite(g).all() for g in gradients(policy).values())
+
+
+def test_16_bit_frequencies(lerobot, tiny):
+    """bfloat16 rounds the peer's rotary frequencies: far along a prefix that makes another network, which is trained."""
+    size = tiny.Size(image=104, head_dim=64, layers=2, expert_width=32)  # 338 tokens of images
+    torch.manual_seed(0)
+    policy = tiny.pi0(lerobot, size, dtype="bfloat16")
+    both = policy.model.paligemma_with_expert
+    with torch.no_grad():
+        for layer in [*both.paligemma.model.language_model.layers, *both.gemma_expert.model.layers]:
+            layer.self_attn.q_proj.weight.mul_(4)
+            layer.self_attn.k_proj.weight.mul_(4)
+    batch = tiny.batch(size, 1)
+    adapter = level2(policy)
+    drawn = adapter.draw(batch, 2, generator=torch.Generator().manual_seed(1))
+    noised = adapter.objective.process.noised(drawn.actions, drawn.noise, drawn.timesteps)
+
+    def peers():
+        """The peer's loss and velocity."""
+        found = []
+        hook = policy.model.action_out_proj.register_forward_hook(lambda *a: found.append(a[-1]))
+        with torch.no_grad():
+            loss = peers_loss(policy, batch, drawn)
+        hook.remove()
+        return loss, found[0]
+
+    def ours(adapter):
+        with torch.no_grad():
+            cache = adapter.encode(batch)
+            loss = adapter.objective.per_sample(adapter, cache, drawn).mean()
+            return loss, adapter.denoise(cache, noised.x, noised.t).flatten(0, 1)
+
+    (wanted_loss, wanted), (loss, velocity) = peers(), ours(adapter)
+    rotary = both.paligemma.model.language_model.rotary_emb
+    rounded = rotary.inv_freq.clone()
+    rotary.inv_freq = 10_000.0 ** -(torch.arange(0, 64, 2).float() / 64)
+    _, exact = peers()
+    rotary.inv_freq = rounded
+    both.float()  # the same values, computed in float32
+    policy.float()
+    (true_loss, true), (wide_loss, wide) = peers(), ours(level2(policy))
+    torch.testing.assert_close(wide, true, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wide_loss, true_loss, rtol=1e-5, atol=0)
+    noise = (wanted - true).norm()
+    assert (velocity - wanted).norm() < 1.5 * noise and (velocity - true).norm() < 1.5 * noise
+    assert (exact - wanted).norm() > 3 * noise
+    torch.testing.assert_close(loss, wanted_loss, rtol=5e-3, atol=0)
+
+
+def test_gradients_with_rounded_frequencies(build, inputs):
+    """As above in float32, where the peer's rotation can be compared exactly."""
+    for options in ({}, {"gradient_checkpointing": True}):
+        policy = build(dtype="bfloat16", **options).float()
+        check_against_peer(policy.train(), inputs, K)
+    adapter = level2(policy.eval())
+    x, t = torch.randn(B, K, 6, 5), torch.rand(B, K)
+    with torch.no_grad():
+        cache = adapter.encode(inputs)
+        compiled = torch.compile(adapter, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(cache, x, t), adapter(cache, x, t), rtol=1e-6, atol=1e-6)
+        exact = level2(build())
+        exact.load_state_dict(adapter.state_dict())
+        assert not torch.allclose(exact(exact.encode(inputs), x, t), adapter(cache, x, t), rtol=1e-6, atol=1e-6)
+        narrowed = copy.deepcopy(exact).to(torch.bfloat16)  # after the adapter was made
+        assert isinstance(narrowed._turns(torch.zeros(B, 1, 6)), Turns)
 
 
 def test_autocast(build, inputs):

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -347,6 +348,38 @@ def test_policy_loss_and_gradients_are_the_peers(policy: Any, k: int, world: boo
     found = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
     assert any("qwen" in name for name in found) and any("video_predictor" in name for name in found) == world
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-6)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_world_models_loss_under_ddp(policy: Any, process_group: None, chunk: int | None) -> None:
+    """Its parameters are behind the loss alone; others, as the last of a language model, are behind nothing."""
+    adapter = level2(policy(enable_world_model=True).train())
+    adapter.policy.model.qwen.model.lm_head = nn.Linear(4, 4)
+    alone, values = copy.deepcopy(adapter), observed()
+    ddp = nn.parallel.DistributedDataParallel(adapter, find_unused_parameters=True)
+    for seed in (1, 2):
+        for module, wrapped in ((adapter, ddp), (alone, None)):
+            module.zero_grad()
+            torch.manual_seed(0)
+            module.step(values, K, chunk=chunk, wrapped=wrapped, generator=seeded(seed))
+        found, wanted = (
+            {name: p.grad for name, p in module.named_parameters() if p.grad is not None} for module in (adapter, alone)
+        )
+        assert any("video_predictor" in name for name in found)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_the_policys_mode_is_the_adapters(policy: Any, head: Any) -> None:
+    for wrap, peer in ((level2, policy()), (Level2ActionHead, head().eval())):
+        assert not wrap(peer).training and wrap(peer.train()).training
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +160,20 @@ def time_embedding(
 # -------------------------------------------------------------------- decoder layers
 
 
+class Turns(NamedTuple):
+    """A peer's own table of cosines and sines, in place of positions where it does not turn by exact frequencies."""
+
+    cos: Tensor
+    """[B, 1, T, 1, D] float32, the frequencies twice."""
+    sin: Tensor
+    """[B, 1, T, 1, D] float32."""
+
+    def applied(self, x: Tensor) -> Tensor:  # [B, K, T, H, D]
+        """``x`` turned as the peers turn it: all in its dtype."""
+        first, second = x.chunk(2, -1)
+        return x * self.cos.to(x.dtype) + torch.cat([-second, first], -1) * self.sin.to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """How a peer runs the layers of a Llama or Gemma decoder; the layers themselves are the peer's.
@@ -188,8 +202,10 @@ class Decoder:
         out: Tensor = attention.q_proj(h).unflatten(-1, (-1, attention.head_dim))
         return out
 
-    def rotated(self, k: Tensor, positions: Tensor) -> Tensor:
+    def rotated(self, k: Tensor, positions: Tensor | Turns) -> Tensor:
         """Keys ``[B, K, T, Hkv, D]``, turned by their positions ``[B, 1, T]``."""
+        if isinstance(positions, Turns):
+            return positions.applied(k)
         return rotate(k, positions.expand(k.shape[:3]), self.rotary)
 
     def attend(
@@ -197,22 +213,26 @@ class Decoder:
         q: Tensor,  # [B, K, T, H, D]
         shared: LayerCache,
         own: tuple[Tensor, Tensor] | None,  # [B, K, T, Hkv, D] each
-        positions: Tensor,  # [B or 1, 1, T]
+        positions: Tensor | Turns,  # [B or 1, 1, T]
         *,
         causal: bool = False,
     ) -> Tensor:  # [B, K, T, H * D]
         """One softmax over the condition's tokens and the sample's own; queries and own keys are rotated on the way."""
-        places = positions.expand(q.shape[:3])
         own_k, own_v = (None, None) if own is None else own
+        rope = None
+        if isinstance(positions, Turns):
+            q, own_k = positions.applied(q), None if own_k is None else positions.applied(own_k)
+        else:
+            places = positions.expand(q.shape[:3])
+            rope = RotaryPositions(self.rotary, places, None if own is None else places)
         dtype = torch.promote_types(q.dtype, shared.v.dtype)
         q, k, v = q.to(dtype), shared.k.to(dtype), shared.v.to(dtype)
         if own_k is not None and own_v is not None:
             own_k, own_v = own_k.to(dtype), own_v.to(dtype)
         mask = shared.mask if shared.mask is None or shared.mask.dim() == 3 else shared.mask[:, None]
         out = broadcast_attention(
-            q, k, v, own_k, own_v, mask=mask, own_causal=causal, scale=self.scale, impl=self.impl,
-            rope=RotaryPositions(self.rotary, places, None if own is None else places),
-        )  # fmt: skip
+            q, k, v, own_k, own_v, mask=mask, own_causal=causal, scale=self.scale, impl=self.impl, rope=rope
+        )
         assert isinstance(out, Tensor)
         return out.flatten(-2)
 
@@ -249,7 +269,7 @@ def rotary_of(owner: str, width: int, base: float) -> Rotary:
 def maybe_checkpoint(active: bool, function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)``, run again in the backward pass where ``active``."""
     if active:
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *arguments, use_reentrant=False)
     return function(*arguments)
 
 

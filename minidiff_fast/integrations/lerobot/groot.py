@@ -1,4 +1,4 @@
-"""lerobot's GR00T N1.7 on Level-2 batches: the backbone, its tokens and the embodiment's weights once per condition."""
+"""lerobot's GR00T N1.7 on Level-2 batches: the backbone and its tokens once per condition."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ class EntrywiseMaskedLoss:
 class Level2GR00THead(Level2Adapter):
     r"""GR00T's ``GR00TN17ActionHead`` on Level-2 batches, without the backbone before it.
 
-    Once per condition: norm and self-attention of the backbone's tokens, the keys and values that the cross-attention
-    layers make of them, the state encoder, and the weights of the condition's embodiment, which the peer gathers once
-    per row (the second layer of its action encoder alone is 3072 x 1536 numbers). Per sample: the rest of the
-    transformer.
+    Once per condition: norm and self-attention of the backbone's tokens, and the state encoder. Once per condition in
+    every call of ``denoise``, that is per chunk of samples: the keys and values that the cross-attention layers make of
+    the tokens, and the weights of the condition's embodiment, which the peer gathers for every row (the second layer of
+    its action encoder alone is 3072 x 1536 numbers). Per sample: the rest of the transformer.
 
     Batches are dicts with what ``head.forward`` reads: ``backbone_features [B, S, C]``, ``backbone_attention_mask``
     and ``image_mask [B, S]`` (True = a token, an image's token), ``state [B, history, Ds]``, ``embodiment_id [B]``,
@@ -124,6 +124,7 @@ class Level2GR00THead(Level2Adapter):
         objective = EntrywiseMaskedLoss(_process(peer))
         super().__init__()
         self.head: Any = head
+        self.training = head.training
         self.objective = objective
         self.report = apply_broadcast_attention(peer.model, impl=impl)
 
@@ -173,6 +174,7 @@ class Level2GR00T(Level2Adapter):
         objective = EntrywiseMaskedLoss(_process(head))
         super().__init__()
         self.policy: Any = policy
+        self.training = policy.training
         self.objective = objective
         self.report = apply_broadcast_attention(head.model, impl=impl)
 
@@ -274,7 +276,7 @@ def _linear(
     x: Tensor,  # [B, K, T, Ci]
     embodiment: Tensor,  # [B]
 ) -> Tensor:  # [B, K, T, Co]
-    """``CategorySpecificLinear``, the weights of an embodiment gathered once per condition."""
+    """``CategorySpecificLinear``, the weights of an embodiment gathered for every condition, not for every sample."""
     return _product(x, layer.W[embodiment]) + layer.b[embodiment][:, None, None]
 
 

@@ -11,6 +11,7 @@ from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.integrations.adapter import Level2Adapter
 from minidiff_fast.integrations.lerobot._interface import check_interface
 from minidiff_fast.level2 import Drawn, Noised
+from minidiff_fast.models._plain import plain
 from minidiff_fast.objectives.imitation import BetaTimes, DenoisingLoss, DiffusionProcess, FlowMatching
 from minidiff_fast.ops.broadcast_linear import broadcast_linear
 from minidiff_fast.ops.broadcast_modulate import broadcast_modulate
@@ -97,7 +98,7 @@ class Level2MultiTaskDiT(Level2Adapter):
 
     Raises:
         InvalidArgument: the policy's interface is another one, or its times are of a Beta distribution of which
-            neither parameter is 1.
+            neither parameter is 1; in :meth:`denoise`: another layer stands in the place of an adaLN's Linear (LoRA).
 
     Example::
 
@@ -113,6 +114,7 @@ class Level2MultiTaskDiT(Level2Adapter):
         super().__init__()
         self.policy: Any = policy
         self.objective = objective
+        self.training = policy.training
         self.masks_padding = bool(getattr(self.policy.objective, "do_mask_loss_for_padding", False))
 
     def encode(self, obs: dict[str, Any]) -> Tensor:  # [B, Cg]
@@ -135,7 +137,7 @@ class Level2MultiTaskDiT(Level2Adapter):
         if network.pos_embedding is not None:
             hidden = hidden + network.pos_embedding[:, : x.shape[2]]
         for block in network.transformer_blocks:
-            linear = block.adaLN_modulation[1]
+            linear = plain(block.adaLN_modulation[1], nn.Linear, NAME)
             parameters = broadcast_linear(embedded, cache, linear.weight, linear.bias, activation="silu")
             hidden = _block(block, hidden, parameters)
         predicted: Tensor = network.output_proj(hidden)

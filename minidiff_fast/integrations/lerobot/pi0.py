@@ -13,6 +13,7 @@ from minidiff_fast.integrations.lerobot._flow_vla import (
     TOKENS,
     Decoder,
     FlowVLA,
+    Turns,
     has,
     maybe_checkpoint,
     normed,
@@ -41,7 +42,8 @@ class Level2PI0(FlowVLA):
     over the robot's own action channels; like the peer's it counts padded actions (``action_is_pad`` is not read).
 
     ``freeze_vision_encoder``, ``train_expert_only``, ``dtype="bfloat16"`` and gradient checkpointing work as in the
-    peer. ``compile_model`` compiles the peer's ``forward``, which is not called here: compile this module.
+    peer. (Cast to bfloat16 the peer has rounded rotary frequencies: the layers turn by those, as in the peer.)
+    ``compile_model`` compiles the peer's ``forward``, which is not called here: compile this module.
 
     Args:
         policy: the ``PI0Policy``; kept as ``policy``, weights shared, not changed.
@@ -74,7 +76,7 @@ class Level2PI0(FlowVLA):
         if adaptive:
             raise InvalidArgument(f"{NAME}: the expert has adaptive norms (pi0.5) in layers {adaptive}, pi0 has none")
         attention = layers[0][0].self_attn
-        rotary = _rotary(model.paligemma_with_expert.paligemma.model.language_model.rotary_emb, attention.head_dim)
+        rotary, self._exact_turns = _rotary(self._embedding, attention.head_dim)
         self._decoder = Decoder(rotary, float(attention.scaling), wide_residual=True, impl=impl)
 
     def encode(self, obs: dict[str, Tensor]) -> ConditionCache:
@@ -103,7 +105,7 @@ class Level2PI0(FlowVLA):
         assert cache.mask is not None
         model = self.policy.model
         h = self._narrowed(self._action_tokens(x, t, t.dtype))
-        positions = suffix_places(cache.mask, x.shape[2])
+        positions = self._turns(suffix_places(cache.mask, x.shape[2]))
         for (_, layer), shared in zip(self._layers(), cache, strict=True):
             h = maybe_checkpoint(self._saves, self._sample_layer, layer, h, shared, positions)
         h = normed(model.paligemma_with_expert.gemma_expert.model.norm, h)
@@ -123,6 +125,20 @@ class Level2PI0(FlowVLA):
         """Whether layers run again in the backward pass."""
         return bool(self.policy.model.gradient_checkpointing_enabled and self.policy.model.training)
 
+    @property
+    def _embedding(self) -> Any:
+        """The rotary embedding of both the language model and the expert."""
+        return self.policy.model.paligemma_with_expert.paligemma.model.language_model.rotary_emb
+
+    def _turns(self, positions: Tensor) -> Tensor | Turns:  # [B, 1, T]
+        """The positions, or the peer's own table where its frequencies are not the exact ones."""
+        embedding = self._embedding
+        if self._exact_turns and torch.finfo(embedding.inv_freq.dtype).bits >= 32:
+            return positions
+        wide = torch.empty(0, dtype=torch.float32, device=positions.device)  # the table's dtype and device
+        cos, sin = embedding(wide, positions.squeeze(1))
+        return Turns(cos[:, None, :, None], sin[:, None, :, None])
+
     def _layers(self) -> list[tuple[Any, Any]]:
         """Pairs of layers: the language model's and the expert's."""
         both = self.policy.model.paligemma_with_expert
@@ -139,7 +155,7 @@ class Level2PI0(FlowVLA):
         seen: Tensor,  # [B, S] bool
     ) -> list[tuple[Tensor, Tensor]]:  # [B, S, Hkv, D] each
         """The prefix through the language model up to the last layer's keys; its tokens see each other."""
-        layers, positions, pairs = self._layers(), places(seen), []
+        layers, positions, pairs = self._layers(), self._turns(places(seen)), []
         for i, (layer, _) in enumerate(layers):
             last = i == len(layers) - 1
             h, k, v = maybe_checkpoint(self._saves, self._prefix_layer, layer, h, seen, positions, last)
@@ -147,7 +163,7 @@ class Level2PI0(FlowVLA):
         return pairs
 
     def _prefix_layer(
-        self, layer: Any, h: Tensor, seen: Tensor, positions: Tensor, last: bool
+        self, layer: Any, h: Tensor, seen: Tensor, positions: Tensor | Turns, last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         decoder = self._decoder
         q, k, v = decoder.project(layer, h)
@@ -163,7 +179,8 @@ class Level2PI0(FlowVLA):
         seen: Tensor,  # [B, S] bool
     ) -> list[tuple[Tensor, Tensor]]:  # [B, 1, Hkv, D] each
         """The state token through the expert up to the last layer's keys; it sees the prefix and itself."""
-        decoder, layers, positions, pairs = self._decoder, self._layers(), suffix_places(seen, 1), []
+        decoder, layers, pairs = self._decoder, self._layers(), []
+        positions = self._turns(suffix_places(seen, 1))
         for i, ((_, layer), (k, v)) in enumerate(zip(layers, prefix, strict=True)):
             q, own_k, own_v = decoder.project(layer, h)
             pairs.append((decoder.rotated(own_k, positions).squeeze(1), own_v.squeeze(1)))
@@ -172,21 +189,22 @@ class Level2PI0(FlowVLA):
                 h = decoder.finish(layer, h, attended)
         return pairs
 
-    def _sample_layer(self, layer: Any, h: Tensor, shared: LayerCache, positions: Tensor) -> Tensor:
+    def _sample_layer(self, layer: Any, h: Tensor, shared: LayerCache, positions: Tensor | Turns) -> Tensor:
         q, k, v = self._decoder.project(layer, h)
         return self._decoder.finish(layer, h, self._decoder.attend(q, shared, (k, v), positions))
 
 
-def _rotary(embedding: Any, width: int) -> Rotary:
-    """Gemma's rotation, checked against the frequencies that the peer has."""
+def _rotary(embedding: Any, width: int) -> tuple[Rotary, bool]:
+    """Gemma's rotation, and whether the peer's frequencies are exactly those: bfloat16 weights have rounded ones."""
     parameters = getattr(embedding.config, "rope_parameters", None) or {}
     base = parameters.get("rope_theta", getattr(embedding.config, "rope_theta", None))
     has(NAME, embedding, inv_freq="frequencies", attention_scaling="factor on the rotation")
     found = embedding.inv_freq.detach().double().cpu()
     if base is not None and embedding.attention_scaling == 1.0 and found.numel() == width // 2:
         wanted = float(base) ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-        if torch.allclose(found, wanted, rtol=1e-2, atol=0.0):  # bfloat16 weights may have rounded them
-            return rotary_of(NAME, width, float(base))
+        if torch.allclose(found, wanted, rtol=1e-2, atol=0.0):
+            exact = torch.allclose(found, wanted, rtol=1e-5, atol=0.0)
+            return rotary_of(NAME, width, float(base)), exact
     raise InvalidArgument(
         f"{NAME}: the language model's rotary embedding must turn all {width} channels of a head by "
         f"position * base ** (-2 i / {width}), got {type(embedding).__name__} with {parameters or base}"

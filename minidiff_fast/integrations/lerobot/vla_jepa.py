@@ -88,6 +88,7 @@ class Level2ActionHead(Level2Adapter):
         objective = DenoisingLoss(_process(peer))
         super().__init__()
         self.head: Any = head
+        self.training = head.training
         self.objective = objective
         self.report = apply_broadcast_attention(peer.model, impl=impl)
 
@@ -148,6 +149,7 @@ class Level2VLAJEPA(Level2Adapter):
         objective = DenoisingAndConditionLoss(_process(peer.model.action_model))
         super().__init__()
         self.policy: Any = policy
+        self.training = policy.training
         self.objective = objective
         self.report = apply_broadcast_attention(peer.model.action_model.model, impl=impl)
 
@@ -182,7 +184,8 @@ class Level2VLAJEPA(Level2Adapter):
     ) -> Tensor:  # [B, K, T, A]
         """The velocity at noised actions ``x`` and times ``t``, in steps: [0, action_num_timestep_buckets)."""
         with torch.autocast(x.device.type, enabled=False):
-            return velocity(self.policy.model.action_model, cache, x.to(cache.tokens.dtype), t)
+            predicted = velocity(self.policy.model.action_model, cache, x.to(cache.tokens.dtype), t)
+        return predicted if cache.added_loss is None else _Tied.apply(predicted, cache.added_loss)
 
     def actions(self, batch: dict[str, Any]) -> Tensor:  # [B, T, A]
         """The last ``chunk_size`` of ``batch["action"]``, float32."""
@@ -196,6 +199,22 @@ class Level2VLAJEPA(Level2Adapter):
         """Not ``batch["action_is_pad"]``."""
         padded = batch.get("action_is_pad")
         return None if padded is None else ~padded[:, -self.policy.model.config.chunk_size :]
+
+
+class _Tied(torch.autograd.Function):
+    """The prediction as it is, with the condition's loss in its graph but no gradient to it from here.
+
+    DistributedDataParallel takes the parameters behind ``forward``'s output for those that get a gradient; the loss is
+    added after it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, loss: Tensor) -> Tensor:
+        return prediction.view_as(prediction)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
 
 
 def encoded_state(
