@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
@@ -501,7 +502,8 @@ def test_sharded_weights_go_to_the_policy(peer: Any, kind: str, tmp_path: Path) 
         adapter.step(batch, K)
         optimizer.step()
         adapter.to_peer()
-        trained = {name: x.full_tensor() for name, x in adapter.denoiser.state_dict().items()}
+        state = adapter.denoiser.state_dict()
+        trained = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
     finally:
         torch.distributed.destroy_process_group()
     assert trained.keys() == before.keys()
