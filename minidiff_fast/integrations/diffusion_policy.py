@@ -102,6 +102,11 @@ def to_transformer(ours: TransformerForDiffusion, peer: nn.Module) -> None:
 class _Level2DiffusionPolicy(Level2Adapter):
     """What the policies have in common: normaliser, observation encoder, schedule and the cut of the actions.
 
+    The network's parameters are the policy's until ``fully_shard(adapter)`` or ``adapter.load_state_dict(assign=True)``
+    replaces those of the adapter: the policy keeps the old ones, an optimizer is made from ``adapter.parameters()``,
+    and :meth:`to_peer`, called on every rank, writes them back. A policy whose network, normaliser or encoder was
+    replaced is an :class:`InvalidArgument` in :meth:`encode`, which also takes over its training or eval mode.
+
     Observations are ``batch["obs"]``: a tensor [B, To', Do] for low-dimensional policies, else a dict of
     [B, To', ...], To' at least ``n_obs_steps``. ``batch["action"]`` is [B, T, A], in its own units.
     """

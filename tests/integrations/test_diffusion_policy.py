@@ -393,7 +393,7 @@ def modes(policy: nn.Module) -> list[bool]:
 @pytest.mark.parametrize("kind", ["images", "transformer images"])
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_follow_the_policy(peer: Any, kind: str, training: bool) -> None:
-    policy = build(peer, kind, torch.float32, dropout=0.3).train(training)
+    policy = build(peer, kind, torch.float32, dropout=0.3, dims=(8,)).train(training)
     policy.obs_encoder.conv.train(not training)
     before = modes(policy)
     adapter, batch = dp.level2(policy), batch_of(policy, torch.float32)
