@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minidiff_fast.errors import InvalidArgument
@@ -23,7 +24,9 @@ LAYERS = {
 }
 
 
-def from_peer(caller: str, peer: nn.Module, *, tie: bool, **options: Any) -> TransformerForDiffusion:
+def from_peer(
+    caller: str, peer: nn.Module, *, tie: bool, num_train_timesteps: int | None = None, **options: Any
+) -> TransformerForDiffusion:
     """Our transformer with the arguments, the weights and (checked) the outputs of the peer's."""
     peer = weights.unwrapped(peer)
     arguments = infer(caller, peer)
@@ -32,11 +35,12 @@ def from_peer(caller: str, peer: nn.Module, *, tie: bool, **options: Any) -> Tra
     weights.check_same_tensors(caller, weights.tensors(ours), weights.tensors(peer), same)
     weights.check_same_layers(caller, ours, peer, same, LAYERS)
     weights.take(ours, peer, same, tie=tie)
+    _check_activations(caller, peer)
     like = ours.pos_emb
-    sample = weights.made_up((2, ours.horizon, ours.input_dim), like)
-    cond = weights.made_up((2, ours.n_obs_steps, ours.cond_dim), like)
-    timestep = torch.tensor([1, 3], device=like.device, dtype=like.dtype)
-    weights.check_same_outputs(caller, ours, peer, sample, timestep, cond=cond)
+    timestep = weights.made_up_times(num_train_timesteps, like)
+    sample = weights.made_up((len(timestep), ours.horizon, ours.input_dim), like)
+    cond = weights.made_up((len(timestep), ours.n_obs_steps, ours.cond_dim), like)
+    weights.check_same_outputs(caller, ours, peer, same, "head", sample, timestep, cond=cond)
     return ours
 
 
@@ -64,6 +68,14 @@ def infer(caller: str, peer: nn.Module) -> dict[str, Any]:
         "obs_as_cond": True,
         "n_cond_layers": 0,
     }
+
+
+def _check_activations(caller: str, peer: Any) -> None:
+    """Functions, not layers; fresh weights keep them near zero, where GELU and its tanh form are alike."""
+    values = torch.linspace(-4, 4, 81)
+    for i, layer in enumerate(peer.decoder.layers):
+        if not torch.allclose(layer.activation(values), F.gelu(values), rtol=0, atol=1e-5):
+            raise InvalidArgument(f"{caller}: decoder.layers.{i}.activation must be GELU, got {layer.activation}")
 
 
 def _check_shares(caller: str, observations: Any, decoder: Any, encoder: Any) -> None:

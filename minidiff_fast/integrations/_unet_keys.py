@@ -48,15 +48,14 @@ def from_peer(caller: str, peer: nn.Module, rename: weights.KeyMap, *, tie: bool
     weights.take(ours, peer, rename, tie=tie)
     _check_embedding(caller, peer, arguments["diffusion_step_embed_dim"])
     like = cast(nn.Conv1d, ours.final_conv[1]).weight
+    timestep = weights.made_up_times(ours.num_train_timesteps, like)
     conditions: dict[str, Tensor] = {}
     if ours.global_cond_dim is not None:
-        conditions["global_cond"] = weights.made_up((2, ours.global_cond_dim), like)
+        conditions["global_cond"] = weights.made_up((len(timestep), ours.global_cond_dim), like)
     if ours.local_cond_dim is not None:
-        conditions["local_cond"] = weights.made_up((2, 2 * ours.multiple, ours.local_cond_dim), like)
-    sample = weights.made_up((2, 2 * ours.multiple, ours.input_dim), like)
-    # In the weights' dtype: lerobot hands the embedding on in the dtype that it comes in.
-    timestep = torch.tensor([1, 3], device=like.device, dtype=like.dtype)
-    weights.check_same_outputs(caller, ours, peer, sample, timestep, **conditions)
+        conditions["local_cond"] = weights.made_up((len(timestep), 2 * ours.multiple, ours.local_cond_dim), like)
+    sample = weights.made_up((len(timestep), 2 * ours.multiple, ours.input_dim), like)
+    weights.check_same_outputs(caller, ours, peer, rename, "final_conv.1", sample, timestep, **conditions)
     return ours
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from minidiff_fast.errors import InvalidArgument
 
 KeyMap = Callable[[str], str]
 """Our name of a weight or a module -> the peer's."""
 
-AGREEMENT = 0.02
-"""Largest difference of the outputs, relative to the largest output: above what TF32 and float16 lose."""
+AGREEMENT = 1e-4
+"""Largest difference of the outputs, relative to the largest output, in float32 without TF32."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -77,13 +78,54 @@ def take(ours: nn.Module, peer: nn.Module, rename: KeyMap, *, tie: bool) -> None
 
 @torch.no_grad()
 def give(caller: str, ours: nn.Module, peer: nn.Module, rename: KeyMap) -> None:
-    """Write our tensors into the peer's, in place and bit for bit; tied ones are there already."""
+    """Write our tensors into the peer's, in place and bit for bit; tied ones are there already.
+
+    Where ours are sharded (FSDP2) they are gathered, in which every rank takes part.
+    """
     mine, theirs = tensors(ours), tensors(peer)
     check_same_tensors(caller, mine, theirs, rename, dtypes=True)
     for name, tensor in mine.items():
         target = theirs[rename(name)]
         if target is not tensor:
-            target.copy_(tensor)
+            gather = getattr(tensor, "full_tensor", None)
+            target.copy_(tensor if gather is None else gather())
+
+
+def match_mode(ours: nn.Module, peer: nn.Module) -> None:
+    """Training or eval mode as the network has it whose parameters ``ours`` uses: its own tree does not reach ours."""
+    mode = unwrapped(peer).training
+    if ours.training != mode:
+        ours.train(mode)
+
+
+def parameters(peer: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, themselves: what :func:`check_still_tied` compares with."""
+    return dict(unwrapped(peer).named_parameters())
+
+
+def check_still_tied(caller: str, where: str, tied: dict[str, nn.Parameter], peer: nn.Module) -> None:
+    """The network has the very parameters that it had when they were tied; ``where`` names it in the policy.
+
+    What became of ours does not count: FSDP2 replaces them on purpose, and ``to_peer`` writes them back.
+    """
+    now = parameters(peer)
+    for name in sorted(tied.keys() | now.keys()):
+        if now.get(name) is not tied.get(name):
+            change = "is gone" if name not in now else "is new" if name not in tied else "is another tensor"
+            raise InvalidArgument(
+                f"{caller}: {where} must be as it was when the adapter was made, but its parameter {name} {change}: "
+                "call level2(policy) again"
+            )
+
+
+def check_same_part(caller: str, where: str, policy: Any, mine: Any) -> None:
+    """The policy still has, as ``where``, the module that the adapter runs."""
+    found = getattr(policy, where.rpartition(".")[2], None)
+    if found is not mine:
+        raise InvalidArgument(
+            f"{caller}: {where} must be as it was when the adapter was made, but it is another {type(found).__name__}: "
+            "call level2(policy) again"
+        )
 
 
 def check_same_layers(
@@ -122,30 +164,85 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Without TF32 and its like, which lose more than another forward may differ by."""
+    backends: Any = torch.backends
+    parts = [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul]
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
 @torch.no_grad()
 def check_same_outputs(
-    caller: str, ours: nn.Module, peer: nn.Module, sample: Tensor, timestep: Tensor, **conditions: Tensor
+    caller: str,
+    ours: nn.Module,
+    peer: nn.Module,
+    rename: KeyMap,
+    head: str,
+    sample: Tensor,
+    timestep: Tensor,
+    **conditions: Tensor,
 ) -> None:
-    """Both give the same on one made-up input: what the comparison of layers cannot see is in ``forward``."""
-    # Under autocast, the peers' float32 embedding of the timestep passes into 16-bit layers.
-    half = sample.dtype in (torch.float16, torch.bfloat16)
-    with evaluating(ours, peer), torch.autocast(sample.device.type, sample.dtype if half else None, enabled=half):
-        mine, theirs = (model(sample, timestep, **conditions) for model in (ours, peer))
+    """Both give the same on made-up input: what the comparison of layers cannot see is in ``forward``.
+
+    With the weights as they are, then with made-up ones in the last layer, our ``head``: a fresh one may be zero, or
+    its bias large, and hide what comes before. ``sample`` has the dtype of :func:`made_up`; 16-bit weights are
+    compared in float32.
+    """
+    state = {name: tensor.detach() for name, tensor in tensors(ours).items()}
+    if sample.dtype == torch.float32:
+        state = {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
+    weight, bias = state[f"{head}.weight"], state[f"{head}.bias"]
+    probe = made_up(tuple(weight.shape), weight) / weight[0].numel() ** 0.5
+    for head_weight, head_bias in ((weight, bias), (probe, torch.zeros_like(bias))):
+        state |= {f"{head}.weight": head_weight, f"{head}.bias": head_bias}
+        with evaluating(ours, peer), full_float32(), torch.autocast(sample.device.type, enabled=False):
+            mine = functional_call(ours, state, (sample, timestep), conditions)
+            theirs = functional_call(
+                peer, {rename(name): x for name, x in state.items()}, (sample, timestep), conditions
+            )
+        _compare(caller, type(ours).__name__, mine, theirs)
+
+
+def _compare(caller: str, kind: str, mine: Tensor, theirs: Tensor) -> None:
     if mine.shape != theirs.shape:
         raise InvalidArgument(f"{caller}: the peer's output must be {list(mine.shape)}, got {list(theirs.shape)}")
+    if not theirs.isfinite().all():
+        raise InvalidArgument(f"{caller}: the peer's output must be finite, got inf or nan on made-up input")
     difference = (mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)
-    if difference > AGREEMENT:
+    if not difference <= AGREEMENT:
         raise InvalidArgument(
             f"{caller}: with the same weights the peer's forward gives other numbers (relative difference "
-            f"{float(difference):.1e}): left as is, because it is not the network that {type(ours).__name__} is"
+            f"{float(difference):.1e}): left as is, because it is not the network that {kind} is"
         )
 
 
 def made_up(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Numbers of the size of normal ones, without touching the random generator."""
+    """Numbers up to 4.5, most of them below 1, without touching the random generator; float64 where ``like`` is,
+    else float32."""
     count = torch.Size(shape).numel()
-    values = torch.arange(1, count + 1, dtype=torch.float64).mul(0.754877666).frac().sub(0.5).mul(3.0)
-    return values.view(shape).to(like.device, like.dtype)
+    values = torch.arange(1, count + 1, dtype=torch.float64).mul(0.754877666).frac().sub(0.5).mul(2.0)
+    return (values + 3.5 * values**3).view(shape).to(like.device, _dtype(like))
+
+
+def made_up_times(count: int | None, like: Tensor) -> Tensor:  # [5]
+    """From the first to the last of ``count`` training timesteps, 100 where it is not known.
+
+    Of the dtype of :func:`made_up`, because lerobot hands the embedding on in the dtype that it comes in.
+    """
+    last = (count or 100) - 1
+    return torch.tensor([0, min(1, last), min(3, last), last // 2, last], device=like.device, dtype=_dtype(like))
+
+
+def _dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _few(names: list[str]) -> str:

@@ -102,12 +102,18 @@ def to_transformer(ours: TransformerForDiffusion, peer: nn.Module) -> None:
 class _Level2DiffusionPolicy(Level2Adapter):
     """What the policies have in common: normaliser, observation encoder, schedule and the cut of the actions.
 
+    The network's parameters are the policy's until ``fully_shard(adapter)`` or ``adapter.load_state_dict(assign=True)``
+    replaces those of the adapter: the policy keeps the old ones, an optimizer is made from ``adapter.parameters()``,
+    and :meth:`to_peer`, called on every rank, writes them back. A policy whose network, normaliser or encoder was
+    replaced is an :class:`InvalidArgument` in :meth:`encode`, which also takes over its training or eval mode.
+
     Observations are ``batch["obs"]``: a tensor [B, To', Do] for low-dimensional policies, else a dict of
     [B, To', ...], To' at least ``n_obs_steps``. ``batch["action"]`` is [B, T, A], in its own units.
     """
 
     policy: Any
     denoiser: Any
+    _tied: dict[str, nn.Parameter]
     normalizer: Any
     obs_encoder: Any
 
@@ -123,10 +129,21 @@ class _Level2DiffusionPolicy(Level2Adapter):
         _check_nothing_inpainted(name, policy)
         # Outside the module tree: the network's parameters stand in it once, under ``denoiser``.
         object.__setattr__(self, "policy", policy)
+        self._tied = weights.parameters(policy.model)  # type: ignore[arg-type]
         self.denoiser = denoiser
         self.normalizer = policy.normalizer
         self.obs_encoder = getattr(policy, "obs_encoder", None)
-        self.train(policy.training)
+        self._follow()
+
+    def _follow(self) -> None:
+        """The policy's modes now; an error where its network or another part was replaced."""
+        name, policy = type(self).__name__, self.policy
+        weights.check_still_tied(name, "policy.model", self._tied, policy.model)
+        weights.check_same_part(name, "policy.normalizer", policy, self.normalizer)
+        if self.obs_encoder is not None:
+            weights.check_same_part(name, "policy.obs_encoder", policy, self.obs_encoder)
+        self.training = policy.training
+        weights.match_mode(self.denoiser, policy.model)
 
     def features(self, batch: dict[str, Any], steps: int | None) -> Tensor:  # [B, steps, D]
         """Normalised observations, encoded where the policy has an encoder; ``steps=None`` for all of them."""
@@ -136,8 +153,9 @@ class _Level2DiffusionPolicy(Level2Adapter):
             return normalised[:, :steps]
         normalised_obs = self.normalizer.normalize(obs)
         rows = {name: value[:, :steps].flatten(0, 1) for name, value in normalised_obs.items()}
+        batch_size = next(iter(normalised_obs.values())).shape[0]
         encoded: Tensor = self.obs_encoder(rows)
-        return encoded.unflatten(0, (self._part(batch, "action").shape[0], -1))
+        return encoded.unflatten(0, (batch_size, -1))
 
     def denoise(
         self,
@@ -158,15 +176,19 @@ class _Level2DiffusionPolicy(Level2Adapter):
         return normalised[:, start : start + self.policy.n_action_steps]
 
     def to_peer(self) -> nn.Module:
-        """The policy, with the weights of this adapter, bit for bit; they are tied, so that is so unless they came
-        apart."""
+        """The policy, with the weights of this adapter, bit for bit.
+
+        They are tied, so that is so unless they came apart (``fully_shard``, ``load_state_dict(assign=True)`` on the
+        adapter). Sharded weights are gathered: every rank calls this.
+        """
         weights.give("to_peer", self.denoiser, weights.unwrapped(self.policy.model), unet_keys.same)
         if self.obs_encoder is not None:
             weights.give("to_peer", self.obs_encoder, self.policy.obs_encoder, unet_keys.same)
         return cast(nn.Module, self.policy)
 
     def train(self, mode: bool = True) -> _Level2DiffusionPolicy:
-        """As of every module, and the policy's."""
+        """Of this adapter and of the policy, whichever of the two is asked: the network's mode is that of
+        ``policy.model`` at every :meth:`encode`."""
         super().train(mode)
         self.policy.train(mode)
         return self
@@ -177,7 +199,7 @@ class _Level2DiffusionPolicy(Level2Adapter):
     def _part(self, batch: dict[str, Any], name: str) -> Any:
         if "valid_mask" in batch or name not in batch:
             raise InvalidArgument(
-                f"{type(self).__name__}: batch must hold obs and action, and no valid_mask, as in diffusion_policy; "
+                f"{type(self).__name__}: batch must hold {name}, and no valid_mask, as in diffusion_policy; "
                 f"got {sorted(batch)}"
             )
         return batch[name]
@@ -216,6 +238,7 @@ class Level2DiffusionUnet(_Level2DiffusionPolicy):
 
     def encode(self, obs: dict[str, Any]) -> ConditionModulation:
         """Batch -> the U-Net's modulations (and local features), computed once per condition."""
+        self._follow()
         steps = int(self.policy.n_obs_steps)
         if self.policy.obs_as_global_cond:
             modulation: ConditionModulation = self.denoiser.encode(self.features(obs, steps).flatten(1))
@@ -245,11 +268,19 @@ class Level2DiffusionTransformer(_Level2DiffusionPolicy):
 
     def __init__(self, policy: nn.Module, *, impl: str | None = None) -> None:
         _check_interface("Level2DiffusionTransformer", policy, "obs_as_cond")
-        denoiser = from_transformer(cast(nn.Module, policy.model), tie=True, impl=impl) if policy.obs_as_cond else None
+        denoiser = None
+        if policy.obs_as_cond:
+            steps = weights.attribute(
+                "Level2DiffusionTransformer", policy, "noise_scheduler.config.num_train_timesteps", PEER
+            )
+            denoiser = transformer_keys.from_peer(
+                "from_transformer", cast(nn.Module, policy.model), tie=True, num_train_timesteps=steps, impl=impl
+            )
         super().__init__(policy, cast(nn.Module, denoiser), obs_as_cond=bool(policy.obs_as_cond))
 
     def encode(self, obs: dict[str, Any]) -> ConditionCache:
         """Batch -> keys and values of the observation tokens, computed once per condition."""
+        self._follow()
         cache: ConditionCache = self.denoiser.encode(self.features(obs, int(self.policy.n_obs_steps)))
         return cache
 

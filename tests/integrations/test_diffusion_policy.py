@@ -6,6 +6,7 @@ Models are float64; noise is float32 on both sides, so figures agree to float32 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import pickle
 import sys
@@ -17,8 +18,12 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.integrations import diffusion_policy as dp
@@ -297,7 +302,7 @@ def test_policies_that_cannot_share(peer: Any, kind: str, changes: dict[str, Any
 def test_other_interfaces_are_refused(peer: Any) -> None:
     policy = build(peer, "global", torch.float32)
     batch = batch_of(policy, torch.float32)
-    with pytest.raises(InvalidArgument, match="must hold obs and action, and no valid_mask"):
+    with pytest.raises(InvalidArgument, match="must hold action, and no valid_mask"):
         dp.level2(policy).loss({**batch, "valid_mask": batch["obs"]}, K)
     policy.mask_generator.action_visible = True
     with pytest.raises(InvalidArgument, match="left as is, because LowdimMaskGenerator"):
@@ -328,7 +333,180 @@ def test_other_embeddings_and_activations_are_refused(peer: Any) -> None:
     with pytest.raises(InvalidArgument, match="mid_modules.0.blocks.1.block.2 must be Mish, got SiLU"):
         dp.from_unet(model)
     transformer = build(peer, "transformer", torch.float32).model
-    for layer in transformer.decoder.layers:
-        layer.activation = torch.relu
+    tanh = functools.partial(F.gelu, approximate="tanh")
+    for activation in (torch.relu, tanh):
+        transformer.decoder.layers[1].activation = activation
+        with pytest.raises(InvalidArgument, match="decoder.layers.1.activation must be GELU"):
+            dp.from_transformer(transformer)
+
+
+@pytest.mark.parametrize("head", ["as it is", "zero", "large bias"])
+@pytest.mark.parametrize(
+    "change", ["sample * 3", "timestep + 40", "timestep * 1.01", "timestep <= 10", "sample <= 1.5"]
+)
+@pytest.mark.parametrize("kind", ["global", "causal"])
+def test_other_forwards_are_refused(peer: Any, kind: str, change: str, head: str) -> None:
+    model = build(peer, kind, torch.float32).model
+    last = model.head if kind == "causal" else model.final_conv[1]
+    with torch.no_grad():
+        if head == "zero":
+            last.weight.zero_()
+        last.bias.fill_(50.0 if head == "large bias" else 0.0)
+    assert (dp.from_transformer if kind == "causal" else dp.from_unet)(model).training
+
+    class Other(type(model)):  # type: ignore[misc]
+        def forward(self, sample: Tensor, timestep: Tensor, **named: Any) -> Tensor:
+            sample = {"sample * 3": sample * 3, "sample <= 1.5": sample.clamp(-1.5, 1.5)}.get(change, sample)
+            times = {"timestep + 40": timestep + 40, "timestep * 1.01": timestep * 1.01}
+            times["timestep <= 10"] = timestep.clamp(max=10)
+            return super().forward(sample, times.get(change, timestep), **named)
+
+    model.__class__ = Other
     with pytest.raises(InvalidArgument, match="left as is, because it is not the network"):
-        dp.from_transformer(transformer)
+        (dp.from_transformer if kind == "causal" else dp.from_unet)(model)
+
+
+def test_the_last_timestep_is_tried(peer: Any) -> None:
+    policy = build(peer, "causal", torch.float32, noise_scheduler=DDPMScheduler(300))
+
+    class Other(type(policy.model)):  # type: ignore[misc]
+        def forward(self, sample: Tensor, timestep: Tensor, **named: Any) -> Tensor:
+            return super().forward(sample, timestep.clamp(max=200), **named)
+
+    policy.model.__class__ = Other
+    with pytest.raises(InvalidArgument, match="left as is, because it is not the network"):
+        dp.level2(policy)
+
+
+def test_weights_that_are_not_finite_are_refused(peer: Any) -> None:
+    model = build(peer, "global", torch.float32).model
+    with torch.no_grad():
+        model.final_conv[1].bias.fill_(float("nan"))
+    with pytest.raises(InvalidArgument, match="output must be finite, got inf or nan"):
+        dp.from_unet(model)
+
+
+def modes(policy: nn.Module) -> list[bool]:
+    return [module.training for module in policy.modules()]
+
+
+@pytest.mark.parametrize("kind", ["images", "transformer images"])
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_follow_the_policy(peer: Any, kind: str, training: bool) -> None:
+    policy = build(peer, kind, torch.float32, dropout=0.3, dims=(8,)).train(training)
+    policy.obs_encoder.conv.train(not training)
+    before = modes(policy)
+    adapter, batch = dp.level2(policy), batch_of(policy, torch.float32)
+    assert modes(policy) == before
+    assert adapter.training == adapter.denoiser.training == training
+    policy.train(not training)
+    policy.obs_encoder.eval()
+    before = modes(policy)
+    compiled = torch.compile(adapter, backend="eager", fullgraph=True)
+    losses = [
+        adapter.step(batch, K, wrapped=wrapped, generator=torch.Generator().manual_seed(1)).loss
+        for wrapped in (compiled, compiled, None)
+    ]
+    assert modes(policy) == before
+    assert {module.training for module in adapter.denoiser.modules()} == {adapter.training} == {not training}
+    if training:
+        assert losses[0] == losses[1]
+    elif "transformer" in kind:
+        assert losses[0] != losses[1]
+    adapter.eval()
+    assert not any(modes(policy))
+
+
+class Lora(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.down = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.down(x)
+
+
+def adapt(policy: Any) -> None:
+    policy.model.decoder.layers[0].linear1 = Lora(policy.model.decoder.layers[0].linear1)
+
+
+def assign(policy: Any) -> None:
+    policy.load_state_dict(copy.deepcopy(policy.state_dict()), assign=True)
+
+
+def freshen(policy: Any) -> None:
+    policy.model = copy.deepcopy(policy.model)
+
+
+def normalise(policy: Any) -> None:
+    policy.normalizer = copy.deepcopy(policy.normalizer)
+
+
+def encoded(policy: Any) -> None:
+    policy.obs_encoder = nn.Sequential(policy.obs_encoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (adapt, r"policy.model must be .* parameter decoder.layers.0.linear1.base_layer.bias is new"),
+        (assign, r"policy.model must be .* parameter _dummy_variable is another tensor"),
+        (freshen, r"policy.model must be .* parameter _dummy_variable is another tensor"),
+        (normalise, r"policy.normalizer must be .* another LinearNormalizer"),
+        (encoded, r"policy.obs_encoder must be .* another Sequential"),
+    ],
+)
+def test_a_changed_policy_is_noticed(peer: Any, change: Any, message: str) -> None:
+    policy = build(peer, "transformer images")
+    adapter, batch = dp.level2(policy), batch_of(policy)
+    change(policy)
+    with pytest.raises(InvalidArgument, match=message + r".*: call level2\(policy\) again"):
+        adapter.loss(batch, K)
+    if change is not adapt:
+        dp.level2(policy).loss(batch, K)
+
+
+def test_what_does_not_replace_parameters_goes_on(peer: Any) -> None:
+    policy = build(peer, "transformer images", torch.float32)
+    adapter, batch = dp.level2(policy), batch_of(policy, torch.float32)
+    wanted = adapter.loss(batch, K, generator=torch.Generator().manual_seed(1))
+    policy.model = torch.compile(policy.model, backend="eager")
+    policy.load_state_dict(policy.state_dict())
+    assert torch.equal(adapter.loss(batch, K, generator=torch.Generator().manual_seed(1)), wanted)
+    adapter.load_state_dict({name: v.clone() for name, v in adapter.state_dict().items()}, assign=True)
+    assert torch.equal(adapter.loss(batch, K, generator=torch.Generator().manual_seed(1)), wanted)
+    policy.double()
+    adapter.double()
+    adapter.loss(batch_of(policy), K)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_observations_alone_are_encoded(peer: Any, kind: str) -> None:
+    policy = build(peer, kind)
+    adapter, batch = dp.level2(policy), batch_of(policy)
+    found, wanted = adapter.encode({"obs": batch["obs"]}), adapter.encode(batch)
+    for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["images", "causal"])
+def test_sharded_weights_go_to_the_policy(peer: Any, kind: str, tmp_path: Path) -> None:
+    policy = build(peer, kind, torch.float32)
+    adapter, batch = dp.level2(policy), batch_of(policy, torch.float32)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(adapter, ignored_params=set(policy.normalizer.parameters()))
+        optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
+        before = copy.deepcopy(policy.model.state_dict())
+        adapter.step(batch, K)
+        optimizer.step()
+        adapter.to_peer()
+        state = adapter.denoiser.state_dict()
+        trained = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert trained.keys() == before.keys()
+    for name, value in policy.model.state_dict().items():
+        assert torch.equal(value, trained[name])
+    assert any(not torch.equal(value, before[name]) for name, value in trained.items())

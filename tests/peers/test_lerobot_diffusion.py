@@ -9,6 +9,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,8 +17,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.integrations import _unet_keys as keys
 from minidiff_fast.integrations.lerobot import level2
 from minidiff_fast.integrations.lerobot.diffusion import Level2Diffusion, from_unet, to_unet
 
@@ -235,6 +238,87 @@ def test_compiled_policies(lerobot: Any) -> None:
     assert isinstance(adapter, Level2Diffusion)
     adapter.to_peer()
     assert policy.diffusion.unet._orig_mod.final_conv[1].weight is adapter.denoiser.final_conv[1].weight
+
+
+def modes(policy: nn.Module) -> list[bool]:
+    return [module.training for module in policy.modules()]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modes_follow_the_policy(lerobot: Any, compiled: bool) -> None:
+    policy = build(lerobot, 1, compile_model=compiled).train()
+    policy.diffusion.rgb_encoder.eval()
+    before = modes(policy)
+    adapter, batch = level2(policy), batch_of(policy)
+    assert modes(policy) == before
+    assert adapter.denoiser.training
+    policy.eval()
+    adapter.step(batch, K)
+    assert not any(module.training for module in adapter.modules())
+    adapter.train()
+    assert all(modes(policy))
+
+
+def lora(policy: Any) -> None:
+    policy.diffusion.unet.final_conv[1].register_parameter("lora_A", nn.Parameter(torch.zeros(2)))
+
+
+def assign(policy: Any) -> None:
+    policy.load_state_dict(copy.deepcopy(policy.state_dict()), assign=True)
+
+
+def encoded(policy: Any) -> None:
+    policy.diffusion.rgb_encoder = copy.deepcopy(policy.diffusion.rgb_encoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lora, "policy.diffusion.unet must be .* parameter final_conv.1.lora_A is new"),
+        (assign, "policy.diffusion.unet must be .* is another tensor"),
+        (encoded, "policy.diffusion.rgb_encoder must be .* another DiffusionRgbEncoder"),
+    ],
+)
+def test_a_changed_policy_is_noticed(lerobot: Any, change: Any, message: str) -> None:
+    policy = build(lerobot, 1, use_separate_rgb_encoder_per_camera=False)
+    adapter, batch = level2(policy), batch_of(policy)
+    change(policy)
+    with pytest.raises(InvalidArgument, match=message + r".*: call level2\(policy\) again"):
+        adapter.loss(batch, K)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_observations_alone_are_encoded(lerobot: Any, images: int) -> None:
+    policy = build(lerobot, images)
+    adapter, batch = level2(policy), batch_of(policy)
+    found = adapter.encode({name: value for name, value in batch.items() if name.startswith("observation")})
+    for one, other in zip(found.film, adapter.encode(batch).film, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(InvalidArgument, match=r"must hold .*'observation.state'.*missing"):
+        adapter.encode({"action": batch["action"]})
+    with pytest.raises(InvalidArgument, match="observation.state must have n_obs_steps = 2 steps"):
+        adapter.encode({**batch, "observation.state": batch["observation.state"][:, :1]})
+
+
+def test_sharded_weights_go_to_the_policy(lerobot: Any, tmp_path: Path) -> None:
+    policy = build(lerobot, 1, dtype=torch.float32)
+    adapter, batch = level2(policy), batch_of(policy, torch.float32)
+    assert isinstance(adapter, Level2Diffusion)
+    before = copy.deepcopy(policy.diffusion.unet.state_dict())
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(adapter)
+        optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
+        adapter.step(batch, K)
+        optimizer.step()
+        adapter.to_peer()
+        trained = {name: x.full_tensor() for name, x in adapter.denoiser.state_dict().items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in trained.items():
+        assert torch.equal(value, policy.diffusion.unet.state_dict()[keys.lerobot(name)])
+    assert any(not torch.equal(value, before[keys.lerobot(name)]) for name, value in trained.items())
 
 
 def test_other_interfaces_are_refused(lerobot: Any) -> None:

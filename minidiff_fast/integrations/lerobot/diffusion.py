@@ -71,14 +71,18 @@ class Level2Diffusion(Level2Adapter):
     the policy's, so K = 1 is the policy's own loss. A random crop is drawn once per forward pass, as in the policy.
 
     The policy is not changed. Parameters are its own (tied), so an optimizer over ``policy.get_optim_params()`` trains
-    them, and ``select_action`` and ``save_pretrained`` see them; :meth:`to_peer` is for the case that they came apart.
+    them, and ``select_action`` and ``save_pretrained`` see them. They come apart with ``fully_shard(adapter)`` (and
+    with ``load_state_dict(assign=True)`` on the adapter): the policy keeps the old tensors, an optimizer is made from
+    ``adapter.parameters()``, and :meth:`to_peer`, called on every rank, writes the trained weights back. Training and
+    eval mode follow the policy's.
 
     Args:
         policy: lerobot's DiffusionPolicy, ``compile_model`` or not.
         impl: of the U-Net's ops.
 
     Raises:
-        InvalidArgument: the policy's interface, network, noise schedule or prediction type is not that of lerobot 0.6.
+        InvalidArgument: the policy's interface, network, noise schedule or prediction type is not that of lerobot 0.6;
+            in :meth:`encode`, where the policy's U-Net or encoder was replaced since.
 
     Example::
 
@@ -104,14 +108,30 @@ class Level2Diffusion(Level2Adapter):
         if hasattr(model, "rgb_encoder"):
             self.rgb_encoder = model.rgb_encoder
         self.objective = DenoisingLoss(process)
-        self.train(policy.training)
+        self._tied = weights.parameters(model.unet)
+        self._follow()
 
     policy: Any
 
+    def _follow(self) -> None:
+        """The policy's modes now; an error where its network or encoder was replaced."""
+        model = self.policy.diffusion
+        weights.check_still_tied("Level2Diffusion", "policy.diffusion.unet", self._tied, model.unet)
+        if hasattr(self, "rgb_encoder"):
+            weights.check_same_part("Level2Diffusion", "policy.diffusion.rgb_encoder", model, self.rgb_encoder)
+        self.training = self.policy.training
+        weights.match_mode(self.denoiser, model.unet)
+
     def encode(self, obs: dict[str, Tensor]) -> ConditionModulation:
         """Batch -> the U-Net's modulations, computed once per condition."""
-        self._check(obs)
+        self._follow()
         model, config = self.policy.diffusion, self.policy.config
+        self._check(obs, STATE, *config.image_features, *([ENVIRONMENT] if config.env_state_feature else []))
+        if obs[STATE].shape[1] != config.n_obs_steps:
+            raise InvalidArgument(
+                f"Level2Diffusion: {STATE} must have n_obs_steps = {config.n_obs_steps} steps, "
+                f"got {list(obs[STATE].shape)}"
+            )
         batch = dict(obs)
         if config.image_features:
             images = [batch[key] for key in config.image_features]
@@ -131,36 +151,35 @@ class Level2Diffusion(Level2Adapter):
 
     def actions(self, batch: dict[str, Tensor]) -> Tensor:  # [B, T, A]
         """``batch["action"]``, T = config.horizon."""
-        self._check(batch)
+        self._check(batch, ACTION)
+        horizon = self.policy.config.horizon
+        if batch[ACTION].shape[1] != horizon:
+            raise InvalidArgument(
+                f"Level2Diffusion: {ACTION} must have horizon = {horizon} steps, got {list(batch[ACTION].shape)}"
+            )
         return batch[ACTION]
 
     def mask(self, batch: dict[str, Tensor]) -> Tensor | None:  # [B, T] bool
         """The tokens that are not padding, where the policy masks its loss."""
+        self._check(batch, PADDED)
         return ~batch[PADDED] if self.policy.config.do_mask_loss_for_padding else None
 
     def to_peer(self) -> nn.Module:
-        """The policy, with the weights of this adapter, bit for bit."""
+        """The policy, with the weights of this adapter, bit for bit; sharded ones are gathered: every rank calls
+        this."""
         to_unet(self.denoiser, self.policy.diffusion.unet)
         if hasattr(self, "rgb_encoder"):
             weights.give("to_peer", self.rgb_encoder, self.policy.diffusion.rgb_encoder, keys.same)
         return self.policy  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> Level2Diffusion:
-        """As of every module, and the policy's."""
+        """Of this adapter and of the policy; the U-Net's mode is that of ``policy.diffusion.unet`` at every
+        :meth:`encode`."""
         super().train(mode)
         self.policy.train(mode)
         return self
 
-    def _check(self, batch: dict[str, Tensor]) -> None:
-        config = self.policy.config
-        wanted = {STATE, ACTION, PADDED, *config.image_features}
-        if config.env_state_feature:
-            wanted.add(ENVIRONMENT)
-        missing = sorted(wanted - set(batch))
+    def _check(self, batch: dict[str, Tensor], *wanted: str) -> None:
+        missing = sorted(set(wanted) - set(batch))
         if missing:
             raise InvalidArgument(f"Level2Diffusion: batch must hold {sorted(wanted)}, {missing} missing")
-        if batch[STATE].shape[1] != config.n_obs_steps or batch[ACTION].shape[1] != config.horizon:
-            raise InvalidArgument(
-                f"Level2Diffusion: {STATE} and {ACTION} must have n_obs_steps = {config.n_obs_steps} and horizon = "
-                f"{config.horizon} steps, got {list(batch[STATE].shape)} and {list(batch[ACTION].shape)}"
-            )
