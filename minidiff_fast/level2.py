@@ -143,6 +143,11 @@ class Level2Batch:
         same = drawn.actions is self.actions and drawn.timesteps is self.timesteps and drawn.noise is self.noise
         return drawn.noised if same else None
 
+    def noised(self, process: Any) -> Noised:
+        """:meth:`noised_by`, or noised with this batch's times and noise now."""
+        found = self.noised_by(process)
+        return found if found is not None else process.noised(self.actions, self.noise, self.timesteps)
+
     def chunk(self, start: int, stop: int) -> Level2Batch:
         """Samples ``start .. stop - 1`` of every condition; views, no copies."""
         weight = None if self.weight is None else self.weight[:, start:stop]

@@ -126,9 +126,7 @@ class RepeatedSteps:
         """The rows of a batch drawn elsewhere, with noise and times at hand."""
         if batch.samples != self.k:
             raise InvalidArgument(f"RepeatedSteps.rows: batch must have K = {self.k} samples, got {batch.samples}")
-        noised = batch.noised_by(self.process)
-        if noised is None:
-            noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
+        noised = batch.noised(self.process)
         x, t = (merge_samples(tensor, self.layout) for tensor in (noised.x, noised.t))
         return RepeatedRows(x, t, noised, self.layout)
 

@@ -257,9 +257,7 @@ class DenoisingLoss:
         Raises:
             InvalidArgument: the prediction is not of the noise's shape.
         """
-        noised = batch.noised_by(self.process)
-        if noised is None:
-            noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
+        noised = batch.noised(self.process)
         prediction = denoise(cache, noised.x, noised.t)
         if prediction.shape != noised.target.shape:
             raise InvalidArgument(

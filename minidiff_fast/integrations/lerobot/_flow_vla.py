@@ -53,9 +53,7 @@ class PaddedActionLoss(DenoisingLoss):
         Raises:
             InvalidArgument: the prediction is not of the noise's shape.
         """
-        noised = batch.noised_by(self.process)
-        if noised is None:
-            noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
+        noised = batch.noised(self.process)
         prediction = denoise(cache, noised.x, noised.t)
         wanted = list(noised.target.shape)
         check_shape("PaddedActionLoss", "prediction", prediction, wanted, "[B, K, T, A]", describe(x=noised.x))

@@ -80,9 +80,7 @@ class EntrywiseMaskedLoss:
                 f"EntrywiseMaskedLoss: action_mask must be [B, T, A] = {list(batch.actions.shape)}, got "
                 f"{None if mask is None else list(mask.shape)}"
             )
-        noised = batch.noised_by(self.process)
-        if noised is None:
-            noised = self.process.noised(batch.actions, batch.noise, batch.timesteps)
+        noised = batch.noised(self.process)
         mask = mask.to(batch.actions.device, torch.float32)
         error = (denoise(cache, noised.x, noised.t).float() - noised.target).square() * mask[:, None]
         loss = error.sum((2, 3)) * (mask.shape[0] / (mask.sum() + 1e-6))
