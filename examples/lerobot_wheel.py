@@ -84,6 +84,13 @@ class _LazyPackage(types.ModuleType):
 class _Anything:
     """What an absent package is asked for: an empty class, a registry that takes anything."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        if type(self).__bases__ == (_Anything,) and type(self).__module__ == _Absent.__module__:
+            raise ImportError(
+                f"{type(self).__name__} of a package that is not installed here is needed (lerobot's image encoders "
+                "need a torchvision that fits the installed torch)"
+            )
+
     @classmethod
     def register_subclass(cls, *_: Any, **__: Any) -> Callable[[type], type]:
         return lambda subclass: subclass
@@ -100,7 +107,7 @@ class _Absent(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (_Anything,), {})
+        return sys.modules.get(f"{self.__name__}.{name}") or type(name, (_Anything,), {})
 
 
 ABSENT = (
@@ -125,8 +132,9 @@ def policies() -> Iterator[Callable[[str], Any]]:
         return
     root = unpacked()
     # These look for a torchvision, and take one without contents for a real one.
-    import transformers.image_utils
-    import transformers.utils  # noqa: F401
+    for name in ("diffusers.models.attention", "transformers.image_utils", "transformers.utils"):
+        if importlib.util.find_spec(name.split(".")[0]) is not None:
+            importlib.import_module(name)
 
     before = dict(sys.modules)
     try:

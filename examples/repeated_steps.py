@@ -17,6 +17,7 @@ from minidiff_fast.integrations.diffusers import apply_broadcast_attention
 from minidiff_fast.integrations.repeat import RepeatedSteps
 from minidiff_fast.objectives import BetaTimes, FlowMatching
 
+torch.set_num_threads(1)  # as the figures in docs/
 B, K, S, C, T = 2, 8, 256, 512, 7  # conditions, samples, their tokens and channels, actions
 CONFIG = SimpleNamespace(
     action_model_type="DiT-B", action_num_heads=4, action_attention_head_dim=64, action_hidden_size=256,

@@ -16,6 +16,7 @@ from torch import nn
 from minidiff_fast.integrations import convert, encode_memory
 
 B, K, T, S, C, STEPS = 2, 16, 16, 256, 128, 10
+torch.set_num_threads(1)  # as the figures in docs/
 
 
 def medians_ms(*functions: Callable[[], object], rounds: int = 5) -> list[float]:

@@ -120,8 +120,8 @@ class Level2Batch:
         All of it is a function of one 64-bit seed, drawn from ``generator`` (without one, from torch's of the device of
         ``actions``): one CPU generator gives one stream on every device, and the host never waits.
         """
-        if k < 1:
-            raise InvalidArgument(f"Level2Batch.draw: K, the samples per condition, must be at least 1, got {k}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InvalidArgument(f"Level2Batch.draw: K, the samples per condition, must be an int >= 1, got {k!r}")
         if actions.dim() != 3:
             raise InvalidArgument(f"Level2Batch.draw: actions must be [B, T, A], got {list(actions.shape)}")
         device = actions.device if generator is None else generator.device
@@ -226,12 +226,18 @@ def level2_step(
     """
     k = batch.samples
     chunk = k if chunk is None else chunk
-    if chunk < 1:
-        raise InvalidArgument(f"level2_step: chunk must be at least 1 sample per condition, got {chunk}")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise InvalidArgument(f"level2_step: chunk must be an int, at least 1 sample per condition, got {chunk!r}")
     if not torch.is_grad_enabled():
         raise InvalidArgument("level2_step runs a backward pass: call it with gradients enabled")
     scale = loss_scale if loss_scale is not None else _identity
     bare, without_sync, units = unwrap(policy, "level2_step")
+    missing = [name for name in ("encode", "denoise") if not callable(getattr(bare, name, None))]
+    if missing:
+        raise InvalidArgument(
+            f"level2_step: policy must have encode(obs) and denoise(cache, x, t), got a {type(bare).__name__} without "
+            f"{' and '.join(missing)}"
+        )
     check_times(units, batch.timesteps, "level2_step")
     denoise: Any = bare.denoise if policy is bare else policy
     total = batch.timesteps.numel()

@@ -244,9 +244,9 @@ def test_drawn_samples_of_a_condition_differ():
 
 def test_bad_input():
     batch = batch_of()
-    with pytest.raises(InvalidArgument, match="K, the samples per condition, must be at least 1, got 0"):
+    with pytest.raises(InvalidArgument, match="K, the samples per condition, must be an int >= 1, got 0"):
         batch_of(K=0)
-    with pytest.raises(InvalidArgument, match="chunk must be at least 1 sample per condition, got 0"):
+    with pytest.raises(InvalidArgument, match="chunk must be an int, at least 1 sample per condition, got 0"):
         level2_step(TinyPolicy(), OBJECTIVE, batch, chunk=0)
     with pytest.raises(InvalidArgument, match=r"noise must be \[B, K, T, A\] = \[3, 6, 4, 2\], got \[3, 5, 4, 2\]"):
         Level2Batch(batch.obs, batch.actions, batch.timesteps, batch.noise[:, :5])
@@ -317,3 +317,17 @@ def test_ddp_equals_one_process_and_reduces_once_a_step():
         assert reductions == 2  # one bucket, two steps of three chunks
         for a, b in zip(theirs, gradients(single), strict=True):
             torch.testing.assert_close(torch.tensor(a, dtype=torch.float64), b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [2.5, True])
+def test_k_is_a_number_of_samples(k):
+    with pytest.raises(InvalidArgument, match=r"K, the samples per condition, must be an int >= 1"):
+        Level2Batch.draw({}, torch.zeros(2, 3, 1), k, OBJECTIVE)
+
+
+def test_a_module_that_is_no_policy():
+    batch = Level2Batch.draw({}, torch.zeros(2, 3, 1), 2, OBJECTIVE)
+    with pytest.raises(InvalidArgument, match=r"got a Linear without encode and denoise"):
+        level2_step(torch.nn.Linear(2, 2), OBJECTIVE, batch)
+    with pytest.raises(InvalidArgument, match=r"chunk must be an int"):
+        level2_step(torch.nn.Linear(2, 2), OBJECTIVE, batch, chunk=2.0)

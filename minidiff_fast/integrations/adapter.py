@@ -123,7 +123,9 @@ class Level2Adapter(nn.Module):
         timesteps: TimestepDraw = "iid",
         noise: NoiseDraw = "iid",
     ) -> Level2Result:
-        """Forward and backward, ``chunk`` samples per condition at once; see :func:`~minidiff_fast.level2.level2_step`.
+        """Forward and backward, ``chunk`` samples per condition at once (it need not divide ``k``).
+
+        See :func:`~minidiff_fast.level2.level2_step`.
 
         ``wrapped`` is this adapter inside DistributedDataParallel or ``torch.compile``, where it is.
         """
