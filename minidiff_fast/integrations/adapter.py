@@ -136,9 +136,9 @@ class Level2Adapter(nn.Module):
         )
 
     def _inside(self, wrapped: nn.Module | None, caller: str) -> list[Any]:
-        """What FSDP2 has sharded, prepared for our calls; ``wrapped`` holds this adapter."""
+        """What FSDP2 has sharded, prepared for our calls; ``wrapped`` holds this adapter, maybe in a module of the user."""
         inner = unwrap(self if wrapped is None else wrapped, caller)
-        if inner.policy is not self:
+        if all(module is not self for module in inner.policy.modules()):
             raise InvalidArgument(
                 f"{caller}: wrapped must be this adapter inside DistributedDataParallel or torch.compile, "
                 f"got a wrapped {type(inner.policy).__name__}"
