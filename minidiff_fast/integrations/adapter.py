@@ -136,7 +136,7 @@ class Level2Adapter(nn.Module):
         )
 
     def _inside(self, wrapped: nn.Module | None, caller: str) -> list[Any]:
-        """What FSDP2 has sharded, prepared for our calls; ``wrapped`` holds this adapter, maybe in a module of the user."""
+        """What FSDP2 has sharded, prepared for our calls; ``wrapped`` or a part of it is this adapter."""
         inner = unwrap(self if wrapped is None else wrapped, caller)
         if all(module is not self for module in inner.policy.modules()):
             raise InvalidArgument(
