@@ -140,12 +140,12 @@ def flat_loss(case, policy, critic, obs, chain, old, raw_advantage, returns, win
     return actor, critic_loss, cloning
 
 
-def collected(case: Case, policy, base, obs, seed: int = 0):
+def collected(case: Case, policy, base, obs, act_steps=None):
     """A float32 chain as collected, old log-probabilities around the new ones, advantages and returns."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chain = sample_chain(
         copy.deepcopy(policy).float(), obs, case.transitions, shape=(T, A), fine_tuned=case.steps, base=base,
-        generator=generator,
+        act_steps=act_steps, generator=generator,
     )  # fmt: skip
     size = chain.samples.shape[0]
     old = chain.log_prob + 0.01 * torch.randn(chain.log_prob.shape, generator=generator)
@@ -161,10 +161,14 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to each parameter's gradient; a bias before a group norm of its own has none."""
     assert actual.keys() == expected.keys() and len(actual) > 8
+    total = float(torch.stack([grad.norm() for grad in expected.values()]).norm())
+    some = {name for name, grad in expected.items() if float(grad.norm()) > 1e-12 * total}
+    assert len(some) > 0.9 * len(expected) and any(name.startswith("0.encoder.conv") for name in some)
     for name, grad in expected.items():
-        error = float((actual[name] - grad).norm() / grad.norm().clamp(min=1e-12))
-        assert float(grad.norm()) > 1e-9 and error < tolerance, (name, error, float(grad.norm()))
+        error = float((actual[name] - grad).norm())
+        assert error < tolerance * float(grad.norm()) if name in some else error < 1e-12 * total, (name, error)
 
 
 CASES = ["ddim-epsilon", "ddim-sample", "ddpm-epsilon", "ddpm-sample", "flow"]
@@ -175,7 +179,7 @@ def test_loss_and_every_gradient_are_those_of_flat_pairs(name, act_steps):
     case, policy, base, obs = Case(name), make_policy(0).double(), make_policy(1), images()
     critic = nn.Linear(TO * DC, 1).double()
     algorithm = DPPO(case.transitions, (T, A), LOOSE, fine_tuned=case.steps, act_steps=act_steps)
-    chain, old, advantage, returns = collected(case, policy, base, obs)
+    chain, old, advantage, returns = collected(case, policy, base, obs, act_steps)
     window = slice(None) if act_steps is None else slice(3) if act_steps == 3 else slice(1, 3)
     base_chain = sample_chain(
         base, obs, case.transitions, shape=(T, A), generator=torch.Generator().manual_seed(5)
