@@ -1,4 +1,4 @@
-"""The command ``minidiff-fast``: train, eval, demos, demo, report, doctor.
+"""The command ``minidiff-fast``: train, finetune, eval, demos, demo, report, doctor.
 
 Everything heavy is imported by the command that needs it. A :class:`~minidiff_fast.errors.MinidiffFastError`
 becomes one line on stderr and exit code 2; Ctrl-C saves a checkpoint and exits with 130.
@@ -21,6 +21,7 @@ from minidiff_fast.errors import (
     RunFolderError,
     require,
 )
+from minidiff_fast.finetuning.config import FinetuneConfig
 from minidiff_fast.tasks.pusht.policy import PolicyConfig
 from minidiff_fast.training.config import TrainConfig
 
@@ -122,6 +123,7 @@ usage: minidiff-fast COMMAND [OPTIONS]      minidiff-fast COMMAND --help for the
 two-level minibatching for diffusion policies
 
   train pusht     train a policy: --data, --obs, --l2-batch K, --batch-size B, --budget 20m, --out, --resume
+  finetune pusht  fine-tune a policy by reinforcement learning: --checkpoint, --algo dppo|fpo|reinflow|awr, --budget, --out
   eval pusht      evaluate a checkpoint on unseen starts: --checkpoint, --episodes, --seed, --video
   demos pusht     make demonstrations with the scripted expert: --episodes, --seed, --out, --workers
   demo            train on the demonstrations of the package, evaluate, report, video: --out, --budget
@@ -165,6 +167,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     with_task: dict[str, tuple[type, Callable[..., int]]] = {
         "train": (TrainConfig, run_train),
+        "finetune": (FinetuneConfig, run_finetune),
         "eval": (EvalConfig, run_eval),
         "demos": (DemosConfig, run_demos),
     }
@@ -196,6 +199,21 @@ def run_train(config: TrainConfig) -> int:
     best = "" if result.best_score is None else f", best score on the way {result.best_score:.3f}"
     print(f"{result.step} steps in {result.seconds:.0f} s of training ({result.wall:.0f} s in all){best}")
     print(f"checkpoint: {result.checkpoint}")
+    return 0
+
+
+def run_finetune(config: FinetuneConfig) -> int:
+    """Fine-tune, then print what it took and where the run is."""
+    from minidiff_fast.finetuning.pusht import finetune_pusht
+
+    result = finetune_pusht(config)
+    total = result.total
+    print(
+        f"{result.iterations} iterations in {result.seconds:.0f} s of training ({result.cpu_seconds:.0f} s of CPU): "
+        f"{total.env_steps} environment steps, {total.encoder_passes} encoder passes, {total.denoiser_rows} denoiser "
+        f"rows, {total.restarts} restarts"
+    )
+    print(f"run: {config.out}; score it: minidiff-fast eval pusht --checkpoint {config.out} --sampler stochastic")
     return 0
 
 
