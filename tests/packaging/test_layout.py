@@ -44,7 +44,7 @@ MODULES = {
     "sampling",
     "shapes",
 }
-PACKAGES = {"integrations", "models", "nn", "objectives", "ops", "tasks", "training"}
+PACKAGES = {"finetuning", "integrations", "models", "nn", "objectives", "ops", "tasks", "training"}
 
 # A module may import from its own rank and from those before it.
 RANKS = [
@@ -57,6 +57,7 @@ RANKS = [
     {"objectives", "level2", "parallel", "sampling", "policy", "integrations"},
     {"tasks"},
     {"training"},
+    {"finetuning"},
     {"cli", "__main__", ""},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
