@@ -47,8 +47,10 @@ class EvalConfig:
     """Fail if the checkpoint was trained on another observation kind."""
     num_inference_steps: int | None = None
     """Denoising steps, in place of the checkpoint's."""
-    max_steps: int = 300
-    """Longest episode, steps of 0.1 s."""
+    variant: Literal["stock", "time-limit", "near-goal"] = "stock"
+    """Starts and length of the episodes: cut early, or from near the goal."""
+    max_steps: int | None = None
+    """Longest episode, steps of 0.1 s; default: the variant's, 300 for stock and 100 for the others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs."""
     num_threads: int | None = None
@@ -245,6 +247,7 @@ def run_eval(config: EvalConfig) -> int:
         progress=config.progress,
         record=min(config.record, config.episodes) if config.video is not None else 0,
         max_steps=config.max_steps,
+        variant=config.variant,
     )
     print(_sentence(result))
     if config.json is not None:

@@ -16,6 +16,7 @@ from minidiff_fast.tasks.pusht.policy import (
     build_process,
     build_scheduler,
 )
+from minidiff_fast.tasks.pusht.variants import Variant
 from minidiff_fast.training import checkpoint
 from minidiff_fast.training.config import Interval, TrainConfig
 
@@ -83,7 +84,8 @@ def evaluate_policy(
     device: torch.device | str = "cpu",
     progress: bool = False,
     record: int = 0,
-    max_steps: int = 300,
+    max_steps: int | None = None,
+    variant: str | Variant = "stock",
 ) -> EvaluationResult:
     """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples."""
     from minidiff_fast.tasks.pusht.evaluation import evaluate
@@ -98,6 +100,7 @@ def evaluate_policy(
         n_obs_steps=config.n_obs_steps,
         progress=progress,
         record=record,
+        variant=variant,
     )
 
 
@@ -113,7 +116,8 @@ def evaluate_checkpoint(
     device: str = "cpu",
     progress: bool = False,
     record: int = 0,
-    max_steps: int = 300,
+    max_steps: int | None = None,
+    variant: str | Variant = "stock",
 ) -> EvaluationResult:
     """Evaluate the policy of a checkpoint or run folder.
 
@@ -121,7 +125,7 @@ def evaluate_checkpoint(
         path, which, weights: see :func:`minidiff_fast.training.checkpoint.load_policy`.
         obs: what it must have been trained on; None takes what comes.
         num_inference_steps: denoising steps in place of those of the checkpoint's configuration.
-        episodes, seed, progress, record, max_steps: see
+        episodes, seed, progress, record, max_steps, variant: see
             :func:`minidiff_fast.tasks.pusht.evaluation.evaluate`.
         device: where to run the policy.
 
@@ -135,7 +139,7 @@ def evaluate_checkpoint(
     config = info.policy if steps is None else replace(info.policy, num_inference_steps=steps)
     return evaluate_policy(
         policy, config, episodes=episodes, seed=seed, device=device, progress=progress, record=record,
-        max_steps=max_steps,
+        max_steps=max_steps, variant=variant,
     )  # fmt: skip
 
 

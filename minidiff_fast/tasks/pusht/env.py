@@ -170,6 +170,9 @@ class PushTEnv(StockPushTEnv):
     contact counter needs the contact callback.
     """
 
+    step_cost = 0.0
+    """What the reward of a step lacks against the stock reward."""
+
     def __init__(self, render_mode: str | None = "rgb_array") -> None:
         super().__init__(obs_type="state", render_mode=render_mode)
 
