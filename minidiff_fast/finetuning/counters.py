@@ -78,7 +78,7 @@ class CountedPolicy:
     has ``features`` and ``condition`` only if the policy has them.
 
     Args:
-        policy: has ``encode(obs)`` and ``denoise(cache, x, t)``; may have ``features(obs)`` and ``condition(features)``.
+        policy: has ``encode(obs)`` and ``denoise(cache, x, t)``, perhaps ``features(obs)`` and ``condition(features)``.
         counters: added to; several policies may share them.
         cameras: images of an observation that its encoder encodes, 1 for low-dimensional observations.
         kind: "base" counts in the fields of the frozen base as well.
@@ -248,7 +248,9 @@ def level2_encoder_passes(
     return cameras * (chunk_steps * each + envs)
 
 
-def _check_formula(caller: str, chunk_steps: int, steps: int, fine_tuned: int, epochs: int, cameras: int, envs: int) -> None:
+def _check_formula(
+    caller: str, chunk_steps: int, steps: int, fine_tuned: int, epochs: int, cameras: int, envs: int
+) -> None:
     if not (0 < fine_tuned <= steps and epochs >= 0 and cameras > 0 and chunk_steps >= 0 and envs >= 0):
         raise InvalidArgument(
             f"{caller}: expected 1 <= fine_tuned <= denoise_steps, cameras >= 1 and the others >= 0, got "
