@@ -59,6 +59,7 @@ RANKS = [
     {"tasks"},
     {"training"},
     {"finetuning"},
+    {"finetuning"},
     {"cli", "__main__", ""},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
