@@ -62,7 +62,14 @@ class DiffusionPolicy(nn.Module):
         self.action_normalizer = action_normalizer
 
     def encode(self, obs: dict[str, Tensor]) -> Any:
-        """Raw observations ``{name: [B, To, ...]}`` in their units -> the denoiser's cache, leading dimension B.
+        """Raw observations ``{name: [B, To, ...]}`` in their units -> the denoiser's cache, leading dimension B."""
+        return self.condition(self.features(obs))
+
+    def features(
+        self,
+        obs: dict[str, Tensor],  # name -> [B, To, ...]
+    ) -> Tensor:  # [B, To, Dc]
+        """Raw observations in their units -> the encoder's features, which a critic may share with the denoiser.
 
         They are normalised in float32 at least, and go to the encoder in the dtype of the parameters.
         """
@@ -77,7 +84,15 @@ class DiffusionPolicy(nn.Module):
             name: self.obs_normalizers[name](value).to(dtype) if name in self.obs_normalizers else value
             for name, value in obs.items()
         }
-        return self.denoiser.encode(self.encoder(normalised))
+        features: Tensor = self.encoder(normalised)
+        return features
+
+    def condition(
+        self,
+        features: Tensor,  # [B, To, Dc]
+    ) -> Any:
+        """The encoder's features -> what the denoiser keeps of them, leading dimension B."""
+        return self.denoiser.encode(features)
 
     def denoise(
         self,

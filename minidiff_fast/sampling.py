@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.nn.condition_cache import held_conditions
+from minidiff_fast.objectives.policy_gradient import (
+    ActSteps,
+    NoiseStd,
+    check_act_steps,
+    gaussian_log_prob,
+    step_moments,
+)
 from minidiff_fast.policy import Policy
+from minidiff_fast.transitions import Transitions
 
 
 @torch.no_grad()
@@ -74,17 +82,122 @@ def sample_actions(
     return x.unflatten(0, (batch, k))
 
 
-def _batch_of(cache: Any) -> int:
+class Chain(NamedTuple):
+    """B decisions: their denoising chains, and how likely each step was."""
+
+    samples: Tensor
+    """[B, K + 1, T, A] float32, as drawn, unclamped: entry 0 is where the fine-tuned steps begin, entry K the actions."""
+    log_prob: Tensor
+    """[B, K] float32, of the K steps under the policy that drew them."""
+    actions: Tensor
+    """[B, T, A]: entry K clamped to [-1, 1], for execution."""
+    cache: Any
+    """What ``policy.encode`` gave; detached from nothing, as nothing here has a gradient."""
+
+
+@torch.no_grad()
+def sample_chain(
+    policy: Policy,
+    obs: Any,
+    transitions: Transitions,
+    *,
+    shape: tuple[int, int],
+    fine_tuned: int | None = None,
+    base: Policy | None = None,
+    min_std: float = 0.1,
+    min_logprob_std: float = 0.1,
+    noise_clip: float | None = 3.0,
+    log_prob_clamp: tuple[float, float] | None = (-5.0, 2.0),
+    act_steps: ActSteps = None,
+    reduce: Literal["mean", "sum"] = "mean",
+    noise_std: NoiseStd | None = None,
+    generator: torch.Generator | None = None,
+    cache: Any = None,
+) -> Chain:
+    """Draw one action sequence for each of B observations, keeping its denoising chain, from one encode.
+
+    The last ``fine_tuned`` of the sampler's D steps are kept and scored as they are drawn: the log-probabilities need no
+    second pass. The frozen steps before them run the ``base`` policy, and only where there are any.
+
+    Args:
+        policy: in the mode in which it is scored later; dropout or batch norm in training mode would give other
+            log-probabilities there, so training mode is refused.
+        obs: what ``policy.encode`` takes; only the base reads it where ``cache`` is given.
+        transitions: the sampler, D steps.
+        shape: (T, A), action tokens and action dimension.
+        fine_tuned: K; None is all D steps.
+        base: the frozen policy of the first D - K steps, with its own encoder; needed where K < D.
+        min_std: lower bound of the standard deviation that is drawn; 0 with ``transitions.deterministic()``.
+        min_logprob_std, log_prob_clamp, act_steps, reduce, noise_std: of the score, see
+            :func:`~minidiff_fast.objectives.policy_gradient.chain_logprob`.
+        noise_clip: standard normal draws of the steps are clamped to this; None does not clamp.
+        generator: the only source of randomness.
+        cache: what ``policy.encode(obs)`` gave, where that has been done already.
+
+    Raises:
+        InvalidArgument: K outside [1, D], frozen steps without ``base``, a policy in training mode, a cache whose parts
+            differ in B.
+
+    Source: Ren et al., DPPO, arXiv 2409.00588.
+    """
+    total = transitions.steps
+    k = total if fine_tuned is None else fine_tuned
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:
+        raise InvalidArgument(f"sample_chain: fine_tuned must be an int in [1, {total}], got {fine_tuned!r}")
+    if k < total and base is None:
+        raise InvalidArgument(
+            f"sample_chain: {total - k} of {total} steps are frozen: base, the policy of those, is needed"
+        )
+    for name, network in (("policy", policy), ("base", base if k < total else None)):
+        if getattr(network, "training", False):
+            raise InvalidArgument(
+                f"sample_chain: {name} is in training mode, under which log-probabilities are not what they will be "
+                f"scored as; call {name}.eval()"
+            )
+    check_act_steps("sample_chain", act_steps, shape[0])
+    cache = policy.encode(obs) if cache is None else cache
+    batch = _batch_of(cache, "sample_chain")
+    device = next(leaf.device for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor))
+    base_cache = base.encode(obs) if base is not None and k < total else None
+
+    def normal() -> Tensor:
+        source = device if generator is None else generator.device
+        return torch.randn((batch, 1, *shape), generator=generator, device=source).to(device)
+
+    x = normal()
+    samples, scores = [], []
+    for step in range(total):
+        index = torch.full((batch, 1), step, dtype=torch.int64, device=device)
+        frozen = step < total - k
+        if frozen:
+            assert base is not None
+            moments = step_moments(base, base_cache, x, index, transitions=transitions)
+        else:
+            samples.append(x)
+            moments = step_moments(policy, cache, x, index, transitions=transitions, noise_std=noise_std)
+        noise = normal()
+        noise = noise if noise_clip is None else noise.clamp(-noise_clip, noise_clip)
+        x = moments.mean.float() + moments.std.float().clamp(min=min_std) * noise
+        if not frozen:
+            score, _ = gaussian_log_prob(
+                x, moments.mean, moments.std.clamp(min=min_logprob_std), clamp=log_prob_clamp, act_steps=act_steps,
+                reduce=reduce,
+            )  # fmt: skip
+            scores.append(score)
+    samples.append(x)
+    return Chain(torch.cat(samples, 1), torch.cat(scores, 1).float(), x[:, 0].clamp(-1.0, 1.0), cache)
+
+
+def _batch_of(cache: Any, name: str = "sample_actions") -> int:
     """B, on which everything in the cache agrees."""
     held = held_conditions(cache)
     if not held:
-        raise InvalidArgument("sample_actions: policy.encode returned no tensor")
+        raise InvalidArgument(f"{name}: policy.encode returned no tensor")
     found, batch = held[0]
     for other, conditions in held:
         if batch is None or conditions != batch:
             raise InvalidArgument(
-                f"sample_actions: everything that policy.encode returns must have leading dimension B, "
-                f"got {found} and {other}"
+                f"{name}: everything that policy.encode returns must have leading dimension B, got {found} and {other}"
             )
     assert batch is not None
     return batch

@@ -43,8 +43,9 @@ MODULES = {
     "policy",
     "sampling",
     "shapes",
+    "transitions",
 }
-PACKAGES = {"integrations", "models", "nn", "objectives", "ops", "tasks", "training"}
+PACKAGES = {"finetuning", "integrations", "models", "nn", "objectives", "ops", "tasks", "training"}
 
 # A module may import from its own rank and from those before it.
 RANKS = [
@@ -54,9 +55,10 @@ RANKS = [
     {"ops"},
     {"nn"},
     {"models"},
-    {"objectives", "level2", "parallel", "sampling", "policy", "integrations"},
+    {"objectives", "level2", "parallel", "sampling", "policy", "transitions", "integrations"},
     {"tasks"},
     {"training"},
+    {"finetuning"},
     {"cli", "__main__", ""},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
