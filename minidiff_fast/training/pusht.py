@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minidiff_fast.errors import CheckpointError, RunFolderError, require
+from minidiff_fast.errors import CheckpointError, DataError, RunFolderError, require
 from minidiff_fast.tasks.pusht.policy import (
     PolicyConfig,
     PushTActor,
@@ -21,6 +21,7 @@ from minidiff_fast.training import checkpoint
 from minidiff_fast.training.config import Interval, TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from minidiff_fast.policy import DiffusionPolicy
@@ -57,7 +58,14 @@ def train_pusht(config: TrainConfig, *, on_step: Callable[[int], None] | None = 
     shapes = config.policy
     device = runtime.choose_device(config)
     data = load_pusht(config.data, images=shapes.obs == "image")
-    windows = PushTWindows(data, shapes.obs, shapes.horizon, shapes.n_obs_steps, shapes.n_action_steps)
+    windows = PushTWindows(
+        data,
+        shapes.obs,
+        shapes.horizon,
+        shapes.n_obs_steps,
+        shapes.n_action_steps,
+        episodes=first_episodes(config.demo_episodes, data.n_episodes, data.source),
+    )
     normalizers = windows.normalizers()
     runtime.seed_everything(config.seed)
     policy = build_policy(shapes, normalizers.obs, normalizers.action)
@@ -141,6 +149,20 @@ def evaluate_checkpoint(
         policy, config, episodes=episodes, seed=seed, device=device, progress=progress, record=record,
         max_steps=max_steps, variant=variant,
     )  # fmt: skip
+
+
+def first_episodes(count: int | None, total: int, source: str) -> np.ndarray | None:
+    """Indices of the first ``count`` of ``total`` episodes [count]; None, all of them, for None.
+
+    Raises :class:`DataError` if there are fewer.
+    """
+    if count is None:
+        return None
+    if count > total:
+        raise DataError(f"--demo-episodes must be at most the {total} episodes of {source}, got {count}")
+    import numpy as np
+
+    return np.arange(count)
 
 
 def check_observation(found: Path, obs: str) -> None:
