@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,9 @@ from minidiff_fast.tasks.pusht.policy import (
     LOW_DIM_ENTRIES,
     PolicyConfig,
     PushTActor,
-    build_process,
     build_transitions,
 )
 from minidiff_fast.training import checkpoint
-from minidiff_fast.training.config import Interval
 from minidiff_fast.training.pusht import check_run_folder
 
 if TYPE_CHECKING:
@@ -57,9 +54,7 @@ def finetune_pusht(
         raise InvalidArgument("--device cuda: torch sees no GPU here; use --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     config, found = _start(config)
-    policy, info = checkpoint.load_policy(
-        found, weights="model" if config.resume else config.weights, device=device
-    )
+    policy, info = checkpoint.load_policy(found, weights="model" if config.resume else config.weights, device=device)
     shapes = info.policy
     if config.denoising_steps is not None:
         shapes = replace(shapes, num_inference_steps=config.denoising_steps)
@@ -143,9 +138,7 @@ class _Run:
                 f"{found / checkpoint.STATE}: does not fit this run ({checkpoint.first_line(error)})"
             ) from error
 
-    def reporter(
-        self, on_iteration: Callable[[IterationReport], None] | None
-    ) -> Callable[[IterationReport], None]:
+    def reporter(self, on_iteration: Callable[[IterationReport], None] | None) -> Callable[[IterationReport], None]:
         def report(done: IterationReport) -> None:
             self.log.iteration(done, self._wall())
             if on_iteration is not None:
