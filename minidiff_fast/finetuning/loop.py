@@ -1,4 +1,4 @@
-"""The fine-tuning loop: collect decisions, learn from them, evaluate, save; for any policy, algorithm and environment."""
+"""The fine-tuning loop: collect decisions, learn from them, evaluate, save; any policy, algorithm, environment."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class LoopConfig:
     """Images of an observation, for the count of encoder passes."""
     seed: int = 0
     """Of environments, noise and minibatches."""
-    evaluate: Interval = Interval(None, None)
+    evaluate: Interval = field(default_factory=lambda: Interval(None, None))
     """How often to evaluate; never by default."""
-    save: Interval = Interval(None, None)
+    save: Interval = field(default_factory=lambda: Interval(None, None))
     """How often to save; at the end in any case."""
 
     def __post_init__(self) -> None:
@@ -141,9 +141,8 @@ class Finetuner:
         self.critic: Any = CountedCritic(critic, self.counters, config.cameras if self.own_encoder else 0)
         self.base: Any = None
         if base is not None:
-            self.base = CountedPolicy(
-                base.to(self.device).eval().requires_grad_(False), self.counters, config.cameras, "base"
-            )
+            frozen = base.to(self.device).eval().requires_grad_(False)
+            self.base = CountedPolicy(frozen, self.counters, config.cameras, "base")
         self.learner = Learner(self.policy, self.critic, algorithm, config.update, base=self.base)
         self.runner = VectorRunner(envs, counters=self.counters)
         self.buffer = RolloutBuffer(
