@@ -59,7 +59,6 @@ RANKS = [
     {"tasks"},
     {"training"},
     {"finetuning"},
-    {"finetuning"},
     {"cli", "__main__", ""},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
