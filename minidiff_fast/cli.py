@@ -47,6 +47,10 @@ class EvalConfig:
     """Fail if the checkpoint was trained on another observation kind."""
     num_inference_steps: int | None = None
     """Denoising steps, in place of the checkpoint's."""
+    sampler: Literal["scheduler", "deterministic", "stochastic"] = "scheduler"
+    """scheduler: as after imitation. deterministic, stochastic: as in fine-tuning, without and with noise."""
+    min_std: float = 0.04
+    """Least standard deviation of the stochastic sampler, in normalised actions; finetune's option of that name."""
     variant: Literal["stock", "time-limit", "near-goal"] = "stock"
     """Starts and length of the episodes: cut early, or from near the goal."""
     max_steps: int | None = None
@@ -125,7 +129,7 @@ usage: minidiff-fast COMMAND [OPTIONS]      minidiff-fast COMMAND --help for the
 two-level minibatching for diffusion policies
 
   train pusht     train a policy: --data, --obs, --l2-batch K, --batch-size B, --budget 20m, --out, --resume
-  finetune pusht  fine-tune a policy by reinforcement learning: --checkpoint, --algo dppo|fpo|reinflow|awr, --budget, --out
+  finetune pusht  fine-tune a policy by reinforcement learning: --checkpoint, --algo dppo, --budget 10m, --out, --resume
   eval pusht      evaluate a checkpoint on unseen starts: --checkpoint, --episodes, --seed, --video
   demos pusht     make demonstrations with the scripted expert: --episodes, --seed, --out, --workers
   demo            train on the demonstrations of the package, evaluate, report, video: --out, --budget
@@ -233,6 +237,8 @@ def run_eval(config: EvalConfig) -> int:
         raise InvalidArgument(f"--record must be at least 1, got {config.record}")
     if config.num_threads is not None and config.num_threads < 1:
         raise InvalidArgument(f"--num-threads must be at least 1, got {config.num_threads}")
+    if not 0.0 <= config.min_std < 1.0:
+        raise InvalidArgument(f"--min-std must be in [0, 1), got {config.min_std}")
     from minidiff_fast.training.pusht import evaluate_checkpoint
 
     result = evaluate_checkpoint(
@@ -241,6 +247,8 @@ def run_eval(config: EvalConfig) -> int:
         weights=config.weights,
         obs=config.obs,
         num_inference_steps=config.num_inference_steps,
+        sampler=config.sampler,
+        min_std=config.min_std,
         episodes=config.episodes,
         seed=config.seed,
         device=_device(config.device, config.num_threads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +26,12 @@ class ValueHead(nn.Module):
         super().__init__()
         if min(input_dim, hidden_dim, layers) < 1:
             raise InvalidArgument(
-                f"ValueHead: input_dim, hidden_dim and layers must be at least 1, got {input_dim}, {hidden_dim}, {layers}"
+                f"ValueHead: input_dim, hidden_dim and layers must be at least 1, got {input_dim}, {hidden_dim} and "
+                f"{layers}"
             )
         widths = [input_dim, *[hidden_dim] * layers]
         blocks: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             blocks += [nn.Linear(before, after), nn.LayerNorm(after), nn.Mish()]
         self.net = nn.Sequential(*blocks, nn.Linear(hidden_dim, 1))
 

@@ -1,4 +1,4 @@
-"""The fine-tuning loop: collect decisions, learn from them, evaluate, save; for any policy, algorithm and environment."""
+"""The fine-tuning loop: collect decisions, learn from them, evaluate, save; any policy, algorithm, environment."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class LoopConfig:
     """Images of an observation, for the count of encoder passes."""
     seed: int = 0
     """Of environments, noise and minibatches."""
-    evaluate: Interval = Interval(None, None)
+    evaluate: Interval = field(default_factory=lambda: Interval(None, None))
     """How often to evaluate; never by default."""
-    save: Interval = Interval(None, None)
+    save: Interval = field(default_factory=lambda: Interval(None, None))
     """How often to save; at the end in any case."""
 
     def __post_init__(self) -> None:
@@ -141,7 +141,8 @@ class Finetuner:
         self.critic: Any = CountedCritic(critic, self.counters, config.cameras if self.own_encoder else 0)
         self.base: Any = None
         if base is not None:
-            self.base = CountedPolicy(base.to(self.device).eval().requires_grad_(False), self.counters, config.cameras, "base")
+            frozen = base.to(self.device).eval().requires_grad_(False)
+            self.base = CountedPolicy(frozen, self.counters, config.cameras, "base")
         self.learner = Learner(self.policy, self.critic, algorithm, config.update, base=self.base)
         self.runner = VectorRunner(envs, counters=self.counters)
         self.buffer = RolloutBuffer(
@@ -202,7 +203,9 @@ class Finetuner:
                 raise interrupt from None
             if save is not None and saved != self.iteration:
                 save(self)
-        return FinetuneResult(self.iteration, self.seconds, self.cpu_seconds, self.counters.snapshot(), tuple(self.reports))
+        return FinetuneResult(
+            self.iteration, self.seconds, self.cpu_seconds, self.counters.snapshot(), tuple(self.reports)
+        )
 
     def iterate(self) -> IterationReport:
         """Collect, learn, count."""
@@ -264,7 +267,10 @@ class Finetuner:
             episodes += self._ended(result)
             self._obs = result.obs
         self.buffer.finish(
-            self._value(self._tensors(self._obs)), gamma=self.config.gamma, lam=self.config.gae_lambda, scaler=self.scaler
+            self._value(self._tensors(self._obs)),
+            gamma=self.config.gamma,
+            lam=self.config.gae_lambda,
+            scaler=self.scaler,
         )
         return episodes
 
@@ -283,8 +289,13 @@ class Finetuner:
 
     def _ended(self, result: Any) -> list[tuple[float, bool | None]]:
         self._return += np.where(result.valid, result.reward, 0.0)
-        ended = np.flatnonzero(result.terminated | result.truncated)
-        found = [(float(self._return[row]), result.success(row)) for row in ended if result.valid[row]]
+        ended = np.flatnonzero(result.ended)
+        solved = result.info("is_success", np.nan)
+        found = [
+            (float(self._return[row]), None if np.isnan(solved[row]) else bool(solved[row]))
+            for row in ended
+            if result.valid[row]
+        ]
         self._return[ended] = 0.0
         return found
 

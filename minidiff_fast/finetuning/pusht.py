@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,19 +16,16 @@ from minidiff_fast.tasks.pusht.policy import (
     LOW_DIM_ENTRIES,
     PolicyConfig,
     PushTActor,
-    build_process,
     build_transitions,
 )
 from minidiff_fast.training import checkpoint
-from minidiff_fast.training.config import Interval
-from minidiff_fast.training.pusht import check_run_folder
+from minidiff_fast.training.pusht import check_run_folder, evaluate_policy
 
 if TYPE_CHECKING:
     from torch import nn
 
     from minidiff_fast.finetuning.loop import Finetuner, FinetuneResult, IterationReport
     from minidiff_fast.policy import DiffusionPolicy
-    from minidiff_fast.tasks.pusht.evaluation import EvaluationResult
 
 DEFAULT_CLIP = {"dppo": 0.1, "fpo": 0.05, "reinflow": 0.01, "awr": 0.0}
 """Clip range where the options name none."""
@@ -57,9 +53,7 @@ def finetune_pusht(
         raise InvalidArgument("--device cuda: torch sees no GPU here; use --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     config, found = _start(config)
-    policy, info = checkpoint.load_policy(
-        found, weights="model" if config.resume else config.weights, device=device
-    )
+    policy, info = checkpoint.load_policy(found, weights="model" if config.resume else config.weights, device=device)
     shapes = info.policy
     if config.denoising_steps is not None:
         shapes = replace(shapes, num_inference_steps=config.denoising_steps)
@@ -143,9 +137,7 @@ class _Run:
                 f"{found / checkpoint.STATE}: does not fit this run ({checkpoint.first_line(error)})"
             ) from error
 
-    def reporter(
-        self, on_iteration: Callable[[IterationReport], None] | None
-    ) -> Callable[[IterationReport], None]:
+    def reporter(self, on_iteration: Callable[[IterationReport], None] | None) -> Callable[[IterationReport], None]:
         def report(done: IterationReport) -> None:
             self.log.iteration(done, self._wall())
             if on_iteration is not None:
@@ -156,7 +148,7 @@ class _Run:
     def evaluate(self, tuner: Finetuner) -> None:
         """Score the policy on the stock measure, and keep the best."""
         config, began = self.config, time.perf_counter()
-        result = evaluate_sampler(
+        result = evaluate_policy(
             tuner.module, self.shapes, sampler=config.eval_sampler, min_std=config.min_std, variant=config.variant,
             episodes=config.eval_episodes, seed=config.eval_seed, device=self.device,
         )  # fmt: skip
@@ -219,9 +211,16 @@ below 0.05: the density at the mean of a Gaussian with 0.04 is exp(2.3)."""
 
 def build_envs(config: FinetuneConfig, shapes: PolicyConfig) -> Any:
     """The vector environment: chunks of ``n_action_steps`` actions, progress as reward."""
-    from minidiff_fast.finetuning.vector import make_vector
+    from minidiff_fast.finetuning.vector import check_spaces, make_vector
 
-    return make_vector([PushTFactory(shapes, config.variant)] * config.envs, kind=config.vector)
+    envs = make_vector([PushTFactory(shapes, config.variant)] * config.envs, kind=config.vector)
+    entries: dict[str, tuple[int, ...]] = {
+        name: (shapes.n_obs_steps, channels) for name, channels in LOW_DIM_ENTRIES[shapes.obs].items()
+    }
+    if shapes.obs == "image":
+        entries["image"] = (shapes.n_obs_steps, 96, 96, 3)
+    check_spaces(envs, entries, (shapes.n_action_steps, ACTION_DIM))
+    return envs
 
 
 class PushTFactory:
@@ -251,25 +250,3 @@ def build_critic(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffusion
     encoder = ImageEncoder(entries) if shapes.obs == "image" else LowDimEncoder(entries)
     normalizers = copy.deepcopy(dict(policy.obs_normalizers.items()))
     return OwnCritic(encoder, ValueHead(shapes.n_obs_steps * int(encoder.output_dim)), normalizers).eval()
-
-
-def evaluate_sampler(
-    policy: DiffusionPolicy,
-    shapes: PolicyConfig,
-    *,
-    sampler: str,
-    min_std: float,
-    variant: str = "stock",
-    episodes: int = 50,
-    seed: int = 100_000,
-    device: str = "cpu",
-    progress: bool = False,
-) -> EvaluationResult:
-    """Evaluate with the deterministic or the stochastic sampler of fine-tuning; ``seed`` also seeds its noise."""
-    from minidiff_fast.tasks.pusht.evaluation import evaluate
-
-    actor = PushTActor(policy, None, shapes, device, seed, sampler=sampler, min_std=min_std)
-    return evaluate(
-        actor, obs=shapes.obs, episodes=episodes, seed=seed, n_obs_steps=shapes.n_obs_steps, progress=progress,
-        variant=variant,
-    )  # fmt: skip

@@ -12,6 +12,7 @@ from minidiff_fast.errors import CheckpointError, DataError, RunFolderError, req
 from minidiff_fast.tasks.pusht.policy import (
     PolicyConfig,
     PushTActor,
+    Sampler,
     build_policy,
     build_process,
     build_scheduler,
@@ -94,11 +95,15 @@ def evaluate_policy(
     record: int = 0,
     max_steps: int | None = None,
     variant: str | Variant = "stock",
+    sampler: Sampler = "scheduler",
+    min_std: float = 0.0,
 ) -> EvaluationResult:
-    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples."""
+    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples. For ``sampler``
+    and ``min_std`` see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`."""
     from minidiff_fast.tasks.pusht.evaluation import evaluate
 
-    actor = PushTActor(policy, build_scheduler(config), config, device, seed)
+    scheduler = build_scheduler(config) if sampler == "scheduler" else None
+    actor = PushTActor(policy, scheduler, config, device, seed, sampler=sampler, min_std=min_std)
     return evaluate(
         actor,
         obs=config.obs,
@@ -126,6 +131,8 @@ def evaluate_checkpoint(
     record: int = 0,
     max_steps: int | None = None,
     variant: str | Variant = "stock",
+    sampler: Sampler = "scheduler",
+    min_std: float = 0.0,
 ) -> EvaluationResult:
     """Evaluate the policy of a checkpoint or run folder.
 
@@ -136,6 +143,7 @@ def evaluate_checkpoint(
         episodes, seed, progress, record, max_steps, variant: see
             :func:`minidiff_fast.tasks.pusht.evaluation.evaluate`.
         device: where to run the policy.
+        sampler, min_std: see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another observation kind.
@@ -147,7 +155,7 @@ def evaluate_checkpoint(
     config = info.policy if steps is None else replace(info.policy, num_inference_steps=steps)
     return evaluate_policy(
         policy, config, episodes=episodes, seed=seed, device=device, progress=progress, record=record,
-        max_steps=max_steps, variant=variant,
+        max_steps=max_steps, variant=variant, sampler=sampler, min_std=min_std,
     )  # fmt: skip
 
 
