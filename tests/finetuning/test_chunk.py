@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,26 @@ def test_the_window_of_an_episode_solved_within_a_chunk(obs: Any) -> None:
     for name, window in observation.items():
         last = [steps[place][0][name] for place in ((3, 4, 5) if obs == "state" else (5, 5, 5))]
         assert np.array_equal(window, np.stack(last))
+
+
+@pytest.mark.parametrize("obs", ["state", "keypoints"])
+def test_chunks_and_shaping_cost_less_than_the_physics(obs: Any) -> None:
+    pytest.importorskip("gym_pusht")
+    from minidiff_fast.tasks.pusht.env import PushTEnv
+    from minidiff_fast.tasks.pusht.rewards import ShapedReward
+    from minidiff_fast.tasks.pusht.task import PushTTask
+
+    plain, wrapped = PushTEnv(render_mode=None), ShapedReward(ActionChunk(PushTTask(obs), 8, 2))
+    ratios = []
+    for seed in range(9):  # alternating, in processor time: what else runs does not matter
+        chunks = (256.0 + np.random.default_rng(seed).normal(0.0, 90.0, (12, 8, 2))).astype(np.float32)
+        plain.reset(seed=seed)
+        wrapped.reset(seed=seed)
+        begin = time.process_time()
+        for action in chunks.reshape(-1, 2):
+            plain.step(action)
+        middle = time.process_time()
+        for chunk in chunks:
+            wrapped.step(chunk)
+        ratios.append((time.process_time() - middle) / (middle - begin))
+    assert np.median(ratios) <= 1.7, ratios
