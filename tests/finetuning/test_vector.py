@@ -6,13 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+pytest.importorskip("gymnasium", minversion="1.1")
 
+import gymnasium
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
@@ -41,7 +42,7 @@ class Walk(gymnasium.Env):
         {"state": spaces.Box(-np.inf, np.inf, (3,), np.float32), "image": spaces.Box(0, 255, (2, 2), np.uint8)}
     )
     action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self) -> None:
         self.episode = 0
