@@ -183,7 +183,7 @@ class DDIMTransitions:
         index: Tensor,  # [B, K] int64, in [0, D)
     ) -> Moments:
         """See the class. In float32, float64 where x or the prediction is."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, prediction.dtype), torch.float32)
+        dtype = _working_dtype(x, prediction)
         x, prediction = x.to(dtype), prediction.to(dtype)
         rows = self._table(x.device, dtype)[:, index][..., None, None]  # [5, B, K, 1, 1]
         signal, spread, next_signal, direction, std = rows.unbind()
@@ -282,11 +282,15 @@ class FlowTransitions:
         index: Tensor,  # [B, K] int64; every step is the same
     ) -> Moments:
         """See the class. In float32, float64 where x or the prediction is."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, prediction.dtype), torch.float32)
+        dtype = _working_dtype(x, prediction)
         towards_data = -1.0 if self.noise_at == 1 else 1.0
         mean = x.to(dtype) + towards_data / self.steps * prediction.to(dtype)
         std = torch.full_like(mean[..., :1, :1], self.std)
         return Moments(mean, std, torch.zeros_like(mean[..., 0, 0]))
+
+
+def _working_dtype(x: Tensor, prediction: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, prediction.dtype), torch.float32)
 
 
 def step_moments(
