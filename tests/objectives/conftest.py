@@ -81,9 +81,7 @@ def check_same() -> Callable[..., None]:
         assert ours.dtype == reference.dtype == torch.float64
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=0.0)
         named = [(name, p) for module in modules for name, p in module.named_parameters()]
-        gradients = [
-            torch.autograd.grad(loss, [p for _, p in named], retain_graph=True) for loss in (ours, reference)
-        ]
+        gradients = [torch.autograd.grad(loss, [p for _, p in named], retain_graph=True) for loss in (ours, reference)]
         for (name, _), a, b in zip(named, *gradients, strict=True):
             scale = b.abs().max()
             assert scale > 0, f"{name}: the comparison would see nothing"

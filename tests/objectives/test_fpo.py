@@ -52,7 +52,7 @@ def flat_pair_loss(policy, obs, fpo, action, noise, time, row):
         x = (1 - level) * x0 + level * eps
         seen = time * process.timestep_scale
     else:
-        signal, spread = TABLE[time].sqrt(), (1 - TABLE[time]).sqrt()
+        signal, spread = (ab.double().sqrt().float() for ab in (TABLE[time], 1 - TABLE[time]))  # rounded correctly
         x, seen = signal * x0 + spread * eps, time
     cache = policy.encode({"image": obs["image"][row : row + 1]})
     out = policy.denoise(cache, x.to(action.dtype)[None, None], seen[None, None])[0, 0]
@@ -77,7 +77,9 @@ def flat_fpo(policy, obs, fpo, batch, advantage, valid):
             continue
         differences = []
         for n in range(batch["times"].shape[1]):
-            new = flat_pair_loss(policy, obs, fpo, batch["actions"][b, n], batch["noise"][b, n], batch["times"][b, n], b)
+            new = flat_pair_loss(
+                policy, obs, fpo, batch["actions"][b, n], batch["noise"][b, n], batch["times"][b, n], b
+            )
             differences.append(batch["old_loss"][b, n] - new)
         if config.average_before_exp:
             ratios = [(sum(differences) / len(differences)).exp()]
@@ -109,7 +111,8 @@ def test_loss_and_gradients_are_those_of_flat_pairs(case, make_policy, make_obs,
     batch = double(fpo.minibatch(collected(fpo, policy, obs).record))
     policy = policy.double()
     perturb(policy, 0.03)
-    advantage, valid = torch.tensor([1.5, -0.7, 9.0, -1.0], dtype=torch.float64), torch.tensor([True, True, False, True])
+    advantage = torch.tensor([1.5, -0.7, 9.0, -1.0], dtype=torch.float64)
+    valid = torch.tensor([True, True, False, True])
     ours = fpo.loss(policy, policy.encode(obs), batch, advantage, valid=valid)
     assert 0.0 < float(ours.stats["approx_kl"]) < 1.0
     check_same(ours.loss, flat_fpo(policy, obs, fpo, batch, advantage, valid), policy)
@@ -284,7 +287,9 @@ def test_bad_policies(make_policy, make_obs):
         collected(fpo, copy.deepcopy(policy).train(), obs)
     with torch.no_grad():
         policy.denoiser.head[1].bias.fill_(float("nan"))
-    with pytest.raises(InvalidArgument, match="FPO.act: the policy gave actions that are not finite, first for observation 0"):
+    with pytest.raises(
+        InvalidArgument, match="FPO.act: the policy gave actions that are not finite, first for observation 0"
+    ):
         collected(fpo, policy, obs)
 
 
