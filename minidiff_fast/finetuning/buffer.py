@@ -321,7 +321,7 @@ class RolloutBuffer:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # pageable memory makes the host wait
 
     def _vector(self, caller: str, name: str, given: Any, dtype: torch.dtype) -> Tensor:
-        tensor = torch.as_tensor(given)
+        tensor = _tensor(given)
         if list(tensor.shape) != [self.envs]:
             raise InvalidArgument(
                 f"RolloutBuffer.{caller}: {name} must be [N] = [{self.envs}], got {list(tensor.shape)}"
@@ -329,7 +329,7 @@ class RolloutBuffer:
         if (tensor.dtype == torch.bool) != (dtype == torch.bool):
             expected = "boolean" if dtype == torch.bool else "numbers"
             raise InvalidArgument(f"RolloutBuffer.{caller}: {name} must be {expected}, got {tensor.dtype}")
-        return tensor.detach().cpu().to(dtype)
+        return tensor.to(dtype)
 
     def _scalars(
         self, reward: Any, terminated: Any, truncated: Any, value: Any, final_value: Any, valid: Any
@@ -349,7 +349,7 @@ class RolloutBuffer:
             raise InvalidArgument(f"RolloutBuffer.add: obs must hold {sorted(self.obs)}, {missing} missing")
         found = {}
         for name, stored in self.obs.items():
-            tensor = torch.as_tensor(obs[name]).detach().cpu()
+            tensor = _tensor(obs[name])
             expected = list(stored.shape[1:])
             if list(tensor.shape) != expected:
                 raise InvalidArgument(
@@ -438,6 +438,12 @@ class RolloutBuffer:
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point else dtype
+
+
+def _tensor(given: Any) -> Tensor:
+    if isinstance(given, np.ndarray) and not given.flags.writeable:
+        given = given.copy()  # torch warns of tensors on read-only memory
+    return torch.as_tensor(given).detach().cpu()
 
 
 def _zeroed(

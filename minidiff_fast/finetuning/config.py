@@ -95,6 +95,9 @@ class FinetuneConfig:
     """Divide rewards by the running standard deviation of the return, clipped at 10."""
     flat_pairs: bool = False
     """Encode the observation again for every denoising step, as published code does: for comparison."""
+    peer_passes: bool = False
+    """dppo with --flat-pairs: also the passes that DPPO's code makes and whose results it throws away (the frozen
+    network beside the policy's), and its second pass for old log-probabilities."""
     eval_every: str = "auto"
     """How often to evaluate: 5 (iterations), 2m (training time), none; auto is 5 times a run."""
     eval_episodes: int = 100
@@ -142,7 +145,11 @@ class FinetuneConfig:
             raise InvalidOption(f"--algo must be one of {', '.join(get_args(Algo))}, got {self.algo!r}")
         if self.log not in ("tensorboard", "none"):
             raise InvalidOption(f"--log must be tensorboard or none, got {self.log!r}")
-        for name in ("fine_tuned_steps", "bc_weight"):
+        if self.peer_passes and not self.flat_pairs:
+            raise InvalidOption("--peer-passes goes with --flat-pairs")
+        if self.flat_pairs and self.algo == "reinflow":
+            raise InvalidOption("--flat-pairs is for dppo, fpo and awr, got --algo reinflow")
+        for name in ("fine_tuned_steps", "bc_weight", "peer_passes"):
             if self.algo != "dppo" and getattr(self, name):
                 raise InvalidOption(f"{_flag(name)} is an option of --algo dppo, got --algo {self.algo}")
         if not self.out.strip() or not self.checkpoint.strip():

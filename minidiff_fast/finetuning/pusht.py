@@ -15,7 +15,6 @@ from minidiff_fast.tasks.pusht.policy import (
     ACTION_DIM,
     LOW_DIM_ENTRIES,
     PolicyConfig,
-    PushTActor,
     build_transitions,
 )
 from minidiff_fast.training import checkpoint
@@ -99,7 +98,9 @@ class _Run:
         self.interval = config.interval("eval_every")
         algorithm = build_algorithm(config, shapes, policy)
         steps = getattr(algorithm, "steps", None)
-        frozen = config.algo == "dppo" and (config.bc_weight > 0.0 or steps != shapes.num_inference_steps)
+        frozen = config.algo == "dppo" and (
+            config.bc_weight > 0.0 or config.peer_passes or steps != shapes.num_inference_steps
+        )
         update = UpdateConfig(
             epochs=config.epochs, batch_size=config.batch_size, k=config.k, actor_lr=config.lr,
             critic_lr=config.critic_lr, target_kl=config.target_kl, flat_pairs=config.flat_pairs,
@@ -109,7 +110,8 @@ class _Run:
             max_iterations=config.max_iterations, max_seconds=config.budget_seconds, chunk_steps=config.chunk_steps,
             gamma=config.gamma, gae_lambda=config.gae_lambda, critic_warmup=config.critic_warmup,
             reward_scaling=config.reward_scaling, update=update, executed=executed_tokens(shapes), seed=config.seed,
-            evaluate=self.interval, save=config.interval("checkpoint_every"),
+            rescore=config.peer_passes, peer_passes=config.peer_passes, evaluate=self.interval,
+            save=config.interval("checkpoint_every"),
         )  # fmt: skip
         self.envs = build_envs(config, shapes)
         self.tuner = Finetuner(
