@@ -59,8 +59,8 @@ def evaluate_run(folder: Path, variant: str, settings: Settings) -> Record:
     """Success and score of every episode, by both samplers, on the validation and the test starts."""
     import torch
 
-    from minidiff_fast.finetuning.pusht import evaluate_sampler
     from minidiff_fast.training.checkpoint import load_policy
+    from minidiff_fast.training.pusht import evaluate_policy
 
     torch.set_num_threads(settings.threads)
     policy, info = load_policy(folder)
@@ -71,7 +71,7 @@ def evaluate_run(folder: Path, variant: str, settings: Settings) -> Record:
     ):
         found[part] = {}
         for sampler in report.SAMPLERS:
-            result = evaluate_sampler(
+            result = evaluate_policy(
                 policy, info.policy, sampler=sampler, min_std=settings.min_std, variant=variant, episodes=episodes,
                 seed=seed,
             )  # fmt: skip
