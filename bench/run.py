@@ -35,7 +35,7 @@ SUITES = {"attention": "broadcast_attention", "modulate": "broadcast_modulate"}
 """Suite -> module of this folder with ``NAME, DTYPES, Settings, Bench, plan, render, ...``."""
 OTHERS = {
     "linear": "broadcast_linear", "noise": "level2_noise", "loss": "denoising_loss", "step": "step", "static": "static",
-    "integrations": "integrations",
+    "integrations": "integrations", "rl-update": "rl_update",
 }  # fmt: skip
 """Suite -> module of this folder with options and a ``main`` of its own."""
 IDENTITY = (

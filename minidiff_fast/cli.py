@@ -1,4 +1,4 @@
-"""The command ``minidiff-fast``: train, eval, demos, demo, report, doctor.
+"""The command ``minidiff-fast``: train, finetune, eval, demos, demo, report, doctor.
 
 Everything heavy is imported by the command that needs it. A :class:`~minidiff_fast.errors.MinidiffFastError`
 becomes one line on stderr and exit code 2; Ctrl-C saves a checkpoint and exits with 130.
@@ -21,6 +21,7 @@ from minidiff_fast.errors import (
     RunFolderError,
     require,
 )
+from minidiff_fast.finetuning.config import FinetuneConfig
 from minidiff_fast.tasks.pusht.policy import PolicyConfig
 from minidiff_fast.training.config import TrainConfig
 
@@ -46,8 +47,14 @@ class EvalConfig:
     """Fail if the checkpoint was trained on another observation kind."""
     num_inference_steps: int | None = None
     """Denoising steps, in place of the checkpoint's."""
-    max_steps: int = 300
-    """Longest episode, steps of 0.1 s."""
+    sampler: Literal["scheduler", "deterministic", "stochastic"] = "scheduler"
+    """scheduler: as after imitation. deterministic, stochastic: as in fine-tuning, without and with noise."""
+    min_std: float = 0.04
+    """Least standard deviation of the stochastic sampler, in normalised actions; finetune's option of that name."""
+    variant: Literal["stock", "time-limit", "near-goal"] = "stock"
+    """Starts and length of the episodes: cut early, or from near the goal."""
+    max_steps: int | None = None
+    """Longest episode, steps of 0.1 s; default: the variant's, 300 for stock and 100 for the others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs."""
     num_threads: int | None = None
@@ -122,6 +129,7 @@ usage: minidiff-fast COMMAND [OPTIONS]      minidiff-fast COMMAND --help for the
 two-level minibatching for diffusion policies
 
   train pusht     train a policy: --data, --obs, --l2-batch K, --batch-size B, --budget 20m, --out, --resume
+  finetune pusht  fine-tune a policy by reinforcement learning: --checkpoint, --algo dppo, --budget 10m, --out, --resume
   eval pusht      evaluate a checkpoint on unseen starts: --checkpoint, --episodes, --seed, --video
   demos pusht     make demonstrations with the scripted expert: --episodes, --seed, --out, --workers
   demo            train on the demonstrations of the package, evaluate, report, video: --out, --budget
@@ -165,6 +173,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     with_task: dict[str, tuple[type, Callable[..., int]]] = {
         "train": (TrainConfig, run_train),
+        "finetune": (FinetuneConfig, run_finetune),
         "eval": (EvalConfig, run_eval),
         "demos": (DemosConfig, run_demos),
     }
@@ -199,6 +208,21 @@ def run_train(config: TrainConfig) -> int:
     return 0
 
 
+def run_finetune(config: FinetuneConfig) -> int:
+    """Fine-tune, then print what it took and where the run is."""
+    from minidiff_fast.finetuning.pusht import finetune_pusht
+
+    result = finetune_pusht(config)
+    total = result.total
+    print(
+        f"{result.iterations} iterations in {result.seconds:.0f} s of training ({result.cpu_seconds:.0f} s of CPU): "
+        f"{total.env_steps} environment steps, {total.encoder_passes} encoder passes, {total.denoiser_rows} denoiser "
+        f"rows, {total.restarts} restarts"
+    )
+    print(f"run: {config.out}; score it: minidiff-fast eval pusht --checkpoint {config.out} --sampler stochastic")
+    return 0
+
+
 def run_eval(config: EvalConfig) -> int:
     """Evaluate, print the score, write what was asked for."""
     for name, path, suffixes in (
@@ -213,6 +237,8 @@ def run_eval(config: EvalConfig) -> int:
         raise InvalidArgument(f"--record must be at least 1, got {config.record}")
     if config.num_threads is not None and config.num_threads < 1:
         raise InvalidArgument(f"--num-threads must be at least 1, got {config.num_threads}")
+    if not 0.0 <= config.min_std < 1.0:
+        raise InvalidArgument(f"--min-std must be in [0, 1), got {config.min_std}")
     from minidiff_fast.training.pusht import evaluate_checkpoint
 
     result = evaluate_checkpoint(
@@ -221,12 +247,15 @@ def run_eval(config: EvalConfig) -> int:
         weights=config.weights,
         obs=config.obs,
         num_inference_steps=config.num_inference_steps,
+        sampler=config.sampler,
+        min_std=config.min_std,
         episodes=config.episodes,
         seed=config.seed,
         device=_device(config.device, config.num_threads),
         progress=config.progress,
         record=min(config.record, config.episodes) if config.video is not None else 0,
         max_steps=config.max_steps,
+        variant=config.variant,
     )
     print(_sentence(result))
     if config.json is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 
@@ -306,7 +307,7 @@ def step_moments(
     Raises :class:`InvalidArgument` where the network or ``noise_std`` returns a shape that would only broadcast.
     """
     times = transitions.times(x.device)
-    prediction = policy.denoise(cache, x, times[index])
+    prediction = policy.denoise(cache, x.to(_network_dtype(cache, x)), times[index])
     if prediction.shape != x.shape:
         raise InvalidArgument(
             f"policy.denoise must return [B, K, T, A] = {list(x.shape)}, got {list(prediction.shape)}"
@@ -320,6 +321,14 @@ def step_moments(
             f"noise_std must return [B, K, T, A] = {list(x.shape)}, 1 where it is the same, got {list(std.shape)}"
         )
     return moments._replace(std=std)
+
+
+def _network_dtype(cache: Any, x: Tensor) -> torch.dtype:
+    """The dtype of the encoded condition, which is that of the network's weights; autocast sees to it by itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    leaves = pytree.tree_leaves(cache)
+    return next((t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), x.dtype)
 
 
 def gaussian_log_prob(

@@ -230,6 +230,17 @@ class DPPO:
         }
         return ObjectiveLoss(result.loss, {**result.stats, **shares})
 
+    @torch.no_grad()
+    def rescore(self, policy: Policy, cache: Any, record: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The record's log-probabilities under ``policy``, computed as :meth:`loss` does."""
+        batch, config = self.minibatch(record), self.config
+        log_prob = chain_logprob(
+            policy, cache, batch["x"], batch["x_next"], batch["position"] + (self.transitions.steps - self.steps),
+            transitions=self.transitions, min_std=config.min_logprob_std,
+            clamp=(config.log_prob_low, config.log_prob_high), act_steps=self.act_steps,
+        )  # fmt: skip
+        return {"log_prob": log_prob}
+
     def behaviour_cloning(
         self,
         policy: Policy,

@@ -40,6 +40,8 @@ class TrainConfig:
     """Run folder: checkpoints, metrics.jsonl, logs. It must be empty or not exist, unless --resume."""
     data: str | None = None
     """.npz, zarr folder or .zip, LeRobot folder, lerobot/<name>. None: the package's demonstrations."""
+    demo_episodes: int | None = None
+    """Train on the first so many episodes of the data. None: all of them."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy's shapes."""
     batch_size: int = 64
@@ -95,8 +97,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         low: dict[str, float] = {
-            "batch_size": 1, "l2_batch": 1, "l2_chunk": 1, "max_steps": 1, "seed": 0, "warmup_steps": 0,
-            "eval_episodes": 1, "eval_seed": 0, "keep": 1, "log_every": 1, "num_threads": 1,
+            "demo_episodes": 1, "batch_size": 1, "l2_batch": 1, "l2_chunk": 1, "max_steps": 1, "seed": 0,
+            "warmup_steps": 0, "eval_episodes": 1, "eval_seed": 0, "keep": 1, "log_every": 1, "num_threads": 1,
             "weight_decay": 0.0, "ema_power": 0.0,
         }  # fmt: skip
         meaning = {"l2_batch": " (K, samples per condition)", "batch_size": " (B, conditions per step)"}

@@ -8,18 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minidiff_fast.errors import CheckpointError, RunFolderError, require
+from minidiff_fast.errors import CheckpointError, DataError, RunFolderError, require
 from minidiff_fast.tasks.pusht.policy import (
     PolicyConfig,
     PushTActor,
+    Sampler,
     build_policy,
     build_process,
     build_scheduler,
 )
+from minidiff_fast.tasks.pusht.variants import Variant
 from minidiff_fast.training import checkpoint
 from minidiff_fast.training.config import Interval, TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from minidiff_fast.policy import DiffusionPolicy
@@ -56,7 +59,14 @@ def train_pusht(config: TrainConfig, *, on_step: Callable[[int], None] | None = 
     shapes = config.policy
     device = runtime.choose_device(config)
     data = load_pusht(config.data, images=shapes.obs == "image")
-    windows = PushTWindows(data, shapes.obs, shapes.horizon, shapes.n_obs_steps, shapes.n_action_steps)
+    windows = PushTWindows(
+        data,
+        shapes.obs,
+        shapes.horizon,
+        shapes.n_obs_steps,
+        shapes.n_action_steps,
+        episodes=first_episodes(config.demo_episodes, data.n_episodes, data.source),
+    )
     normalizers = windows.normalizers()
     runtime.seed_everything(config.seed)
     policy = build_policy(shapes, normalizers.obs, normalizers.action)
@@ -83,12 +93,17 @@ def evaluate_policy(
     device: torch.device | str = "cpu",
     progress: bool = False,
     record: int = 0,
-    max_steps: int = 300,
+    max_steps: int | None = None,
+    variant: str | Variant = "stock",
+    sampler: Sampler = "scheduler",
+    min_std: float = 0.0,
 ) -> EvaluationResult:
-    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples."""
+    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples. For ``sampler``
+    and ``min_std`` see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`."""
     from minidiff_fast.tasks.pusht.evaluation import evaluate
 
-    actor = PushTActor(policy, build_scheduler(config), config, device, seed)
+    scheduler = build_scheduler(config) if sampler == "scheduler" else None
+    actor = PushTActor(policy, scheduler, config, device, seed, sampler=sampler, min_std=min_std)
     return evaluate(
         actor,
         obs=config.obs,
@@ -98,6 +113,7 @@ def evaluate_policy(
         n_obs_steps=config.n_obs_steps,
         progress=progress,
         record=record,
+        variant=variant,
     )
 
 
@@ -113,7 +129,10 @@ def evaluate_checkpoint(
     device: str = "cpu",
     progress: bool = False,
     record: int = 0,
-    max_steps: int = 300,
+    max_steps: int | None = None,
+    variant: str | Variant = "stock",
+    sampler: Sampler = "scheduler",
+    min_std: float = 0.0,
 ) -> EvaluationResult:
     """Evaluate the policy of a checkpoint or run folder.
 
@@ -121,9 +140,10 @@ def evaluate_checkpoint(
         path, which, weights: see :func:`minidiff_fast.training.checkpoint.load_policy`.
         obs: what it must have been trained on; None takes what comes.
         num_inference_steps: denoising steps in place of those of the checkpoint's configuration.
-        episodes, seed, progress, record, max_steps: see
+        episodes, seed, progress, record, max_steps, variant: see
             :func:`minidiff_fast.tasks.pusht.evaluation.evaluate`.
         device: where to run the policy.
+        sampler, min_std: see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another observation kind.
@@ -135,8 +155,22 @@ def evaluate_checkpoint(
     config = info.policy if steps is None else replace(info.policy, num_inference_steps=steps)
     return evaluate_policy(
         policy, config, episodes=episodes, seed=seed, device=device, progress=progress, record=record,
-        max_steps=max_steps,
+        max_steps=max_steps, variant=variant, sampler=sampler, min_std=min_std,
     )  # fmt: skip
+
+
+def first_episodes(count: int | None, total: int, source: str) -> np.ndarray | None:
+    """Indices of the first ``count`` of ``total`` episodes [count]; None, all of them, for None.
+
+    Raises :class:`DataError` if there are fewer.
+    """
+    if count is None:
+        return None
+    if count > total:
+        raise DataError(f"--demo-episodes must be at most the {total} episodes of {source}, got {count}")
+    import numpy as np
+
+    return np.arange(count)
 
 
 def check_observation(found: Path, obs: str) -> None:

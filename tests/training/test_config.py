@@ -60,6 +60,7 @@ def test_trackers() -> None:
         ({"l2_batch": 0}, r"--l2-batch \(K, samples per condition\) must be at least 1, got 0"),
         ({"batch_size": 0}, r"--batch-size \(B, conditions per step\) must be at least 1, got 0"),
         ({"l2_chunk": 0}, "--l2-chunk"),
+        ({"demo_episodes": 0}, "--demo-episodes must be at least 1, got 0"),
         ({"max_steps": 0}, "--max-steps"),
         ({"lr": 0.0}, "--lr must be above 0"),
         ({"lr": float("nan")}, "--lr"),

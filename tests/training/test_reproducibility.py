@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff_fast.errors import CheckpointError
+from minidiff_fast.errors import CheckpointError, DataError
 from minidiff_fast.tasks.pusht.policy import PolicyConfig, PushTActor, build_scheduler
 from minidiff_fast.training.checkpoint import find_checkpoint, load_policy, load_state
 from minidiff_fast.training.config import TrainConfig
@@ -182,6 +183,42 @@ def test_resume_refuses_what_does_not_fit(data: str, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             train_pusht(options(data, run, **{"max_steps": 4, "resume": True, **values}))
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+
+
+def test_the_first_episodes_are_a_data_set_of_their_own(data: str, tmp_path: Path) -> None:
+    """Windows, normalisers and losses are those of a file that holds these episodes alone."""
+    short = tmp_path / "short.npz"
+    with np.load(data) as walks:
+        np.savez(short, state=walks["state"][:55], action=walks["action"][:55], episode_ends=walks["episode_ends"][:2])
+    train_pusht(options(data, tmp_path / "first", demo_episodes=2))
+    train_pusht(options(str(short), tmp_path / "file"))
+    train_pusht(options(data, tmp_path / "all"))
+    assert losses(tmp_path / "first") == losses(tmp_path / "file") != losses(tmp_path / "all")
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"--demo-episodes must be at most the 3 episodes of .*walks.npz, got 4"):
+        train_pusht(options(data, tmp_path / "many", demo_episodes=4))
+    assert not (tmp_path / "many").exists()
+
+
+def test_demo_episodes_on_resume(data: str, tmp_path: Path) -> None:
+    """A run from before the option had all episodes; one with it keeps its own."""
+    run = tmp_path / "older"
+    train_pusht(options(data, run, max_steps=2))
+    path = find_checkpoint(run) / "config.json"
+    values = json.loads(path.read_text())
+    del values["train"]["demo_episodes"]
+    path.write_text(json.dumps(values))
+    assert train_pusht(options(data, run, max_steps=4, resume=True)).step == 4
+    with pytest.raises(CheckpointError, match="--demo-episodes None, got 2"):
+        train_pusht(options(data, run, max_steps=6, resume=True, demo_episodes=2))
+
+
+def test_processor_time_is_counted_across_a_resume(data: str, tmp_path: Path) -> None:
+    train_pusht(options(data, tmp_path / "run", max_steps=3))
+    result = train_pusht(options(data, tmp_path / "run", max_steps=6, resume=True))
+    spent = [row["cpu_seconds"] for row in read_metrics(tmp_path / "run")]
+    assert len(spent) == 6 and spent == sorted(set(spent))
+    assert result.cpu_seconds > spent[-1] > spent[2] > 0.0
 
 
 def test_the_data_order_visits_everything_once_a_pass_and_goes_on_from_its_state() -> None:

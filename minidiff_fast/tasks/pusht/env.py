@@ -43,6 +43,11 @@ BLOCK_PARTS = ((-60.0, 0.0, 60.0, 30.0), (-15.0, 30.0, 15.0, 120.0))
 BLOCK_CENTER = (0.0, 45.0)
 """Centre of gravity of the block in the block frame, pixels. It is not the origin of the frame."""
 
+Pose = tuple[float, float, float]
+"""Block x, y (pixels), angle (radians)."""
+
+_BGRX = (0xFF0000, 0xFF00, 0xFF, 0)  # masks of a screen with the bytes blue, green, red, unused
+
 KEYPOINTS_LOCAL: NDArray[np.float64] = np.array(
     [
         [9.2698, 90.0410],
@@ -170,8 +175,12 @@ class PushTEnv(StockPushTEnv):
     contact counter needs the contact callback.
     """
 
+    step_cost = 0.0
+    """What the reward of a step lacks against the stock reward."""
+
     def __init__(self, render_mode: str | None = "rgb_array") -> None:
         super().__init__(obs_type="state", render_mode=render_mode)
+        self._covered: tuple[Pose | None, float] = (None, 0.0)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -263,7 +272,12 @@ class PushTEnv(StockPushTEnv):
         """
         if size < 1:
             raise InvalidArgument(f"PushTEnv.render_rgb: size must be >= 1, got {size}")
-        return self._get_img(self._draw(), width=size, height=size, render_action=False)
+        screen = self._draw()
+        if screen.get_masks() != _BGRX:
+            return self._get_img(screen, width=size, height=size, render_action=False)
+        pixels = np.frombuffer(screen.get_buffer(), np.uint8).reshape(512, 512, 4)
+        # Shrinking first spares the stock conversion its transposed copies of the whole screen.
+        return np.ascontiguousarray(_stock.cv2.resize(pixels, (size, size))[:, :, 2::-1])
 
     def advance(self, x: float, y: float) -> None:
         """``step`` without its checks, observation and reward, for look-ahead: target x, y in pixels."""
@@ -278,8 +292,10 @@ class PushTEnv(StockPushTEnv):
 
     def coverage(self) -> float:
         """Share of the goal that the block covers now, in [0, 1]."""
-        x, y = self.block.position
-        return coverage_of_pose(x, y, self.block.angle)
+        pose = (*self.block.position, self.block.angle)
+        if pose != self._covered[0]:  # the block stands still, to the last bit, while nothing touches it
+            self._covered = (pose, coverage_of_pose(*pose))
+        return self._covered[1]
 
     def _get_coverage(self) -> float:
         return self.coverage()

@@ -13,6 +13,7 @@ import numpy as np
 
 from minidiff_fast.errors import InvalidArgument, require
 from minidiff_fast.tasks.pusht.data import ObservationKind
+from minidiff_fast.tasks.pusht.variants import Variant, find_variant
 
 if TYPE_CHECKING:
     from minidiff_fast.tasks.pusht.env import PushTEnv
@@ -32,6 +33,9 @@ class EvaluationResult:
 
     obs: str
     """Observation kind: state, keypoints or image."""
+
+    variant: str
+    """Name of the variant: stock, time-limit, near-goal, or the user's own."""
 
     max_steps: int
     """Length at which an episode was cut, environment steps of 0.1 s."""
@@ -78,6 +82,7 @@ class EvaluationResult:
         """Everything but the frames, as plain numbers, strings and lists that JSON can hold."""
         return {
             "obs": self.obs,
+            "variant": self.variant,
             "episodes": self.episodes,
             "max_steps": self.max_steps,
             "mean_score": self.mean_score,
@@ -113,11 +118,12 @@ def evaluate(
     obs: ObservationKind = "state",
     episodes: int = 50,
     seed: int = 100_000,
-    max_steps: int = 300,
+    max_steps: int | None = None,
     n_obs_steps: int = 2,
     progress: bool = False,
     record: int = 0,
     record_size: int = 192,
+    variant: str | Variant = "stock",
 ) -> EvaluationResult:
     """Run a policy on the Push-T starts of ``seed``, ``seed + 1``, ... and score it as Diffusion Policy does.
 
@@ -132,11 +138,12 @@ def evaluate(
         obs: which observations ``act`` gets.
         episodes: number of episodes.
         seed: seed of the first start. Diffusion Policy tests from 100000 on.
-        max_steps: cut an episode after this many steps of 0.1 s.
+        max_steps: cut an episode after this many steps of 0.1 s; None: the variant's, 300 for stock.
         n_obs_steps: observations To.
         progress: show a progress bar of finished episodes on stderr.
         record: keep the frames of the first so many episodes.
         record_size: width and height of these frames, pixels.
+        variant: starts and length of the episodes, see :mod:`minidiff_fast.tasks.pusht.variants`. Scored alike.
 
     Raises:
         InvalidArgument: an argument is out of range, or ``act`` returns another shape, or NaN or infinity.
@@ -144,6 +151,8 @@ def evaluate(
 
     Source: Chi et al., Diffusion Policy, RSS 2023.
     """
+    variant = find_variant(variant)
+    max_steps = variant.max_steps if max_steps is None else max_steps
     _check_arguments(obs, episodes, seed, max_steps, n_obs_steps, record, record_size)
     from minidiff_fast.tasks.pusht.env import make_env
 
@@ -154,7 +163,7 @@ def evaluate(
             env = make_env(render=obs == "image" or index < record)
             stack.enter_context(closing(env))
             size = record_size if index < record else 0
-            running.append(_Episode(env, seed + index, obs, n_obs_steps, max_steps, size))
+            running.append(_Episode(env, seed + index, obs, n_obs_steps, variant, max_steps, size))
         everyone = tuple(running)
         while running:
             actions = _checked_actions(act(_observe(running, obs)), len(running))
@@ -164,17 +173,22 @@ def evaluate(
             running = [episode for episode in running if not episode.done]
             if bar is not None:
                 bar.update(before - len(running))
-    return _summary(everyone, obs, max_steps)
+    return _summary(everyone, obs, variant.name, max_steps)
 
 
 class _Episode:
     """One environment, the observations its policy sees next, and its coverage so far."""
 
-    def __init__(self, env: PushTEnv, seed: int, obs: str, n_obs_steps: int, max_steps: int, record_size: int) -> None:
+    def __init__(
+        self, env: PushTEnv, seed: int, obs: str, n_obs_steps: int, variant: Variant, max_steps: int, record_size: int
+    ) -> None:
         self.env, self.seed, self.max_steps, self.record_size = env, seed, max_steps, record_size
         self.with_image = obs == "image"
         self.frames: list[np.ndarray] = []
         state, info = env.reset(seed=seed)
+        start = variant.start(env.np_random)
+        if start is not None:
+            state, info = env.set_state(start), {"coverage": env.coverage()}
         self.largest = self.coverage = float(info["coverage"])
         self.length, self.success = 0, False
         self.n_obs_steps = n_obs_steps
@@ -265,11 +279,12 @@ def _progress_bar(episodes: int) -> AbstractContextManager[Any]:
     return bar
 
 
-def _summary(finished: tuple[_Episode, ...], obs: str, max_steps: int) -> EvaluationResult:
+def _summary(finished: tuple[_Episode, ...], obs: str, variant: str, max_steps: int) -> EvaluationResult:
     scores = np.array([min(max(episode.largest / SUCCESS_COVERAGE, 0.0), 1.0) for episode in finished])
     successes = [episode.success for episode in finished]
     return EvaluationResult(
         obs=obs,
+        variant=variant,
         max_steps=max_steps,
         seeds=tuple(episode.seed for episode in finished),
         scores=tuple(scores.tolist()),

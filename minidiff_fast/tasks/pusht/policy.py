@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from minidiff_fast.objectives.imitation import DiffusionProcess, FlowMatching
     from minidiff_fast.policy import DiffusionPolicy
     from minidiff_fast.tasks.pusht.encoder import ObservationUnet1D
+    from minidiff_fast.transitions import DDIMTransitions, FlowTransitions
 
+Sampler = Literal["scheduler", "deterministic", "stochastic"]
+"""How a policy acts: with its scheduler (as after imitation), or with the samplers of fine-tuning."""
 LATER_FIELDS = frozenset({"unet_width", "unet_kernel"})
 """Fields of :class:`PolicyConfig` that checkpoints from before they existed lack."""
 ACTION_DIM = 2
@@ -251,6 +254,16 @@ def build_scheduler(config: PolicyConfig) -> Any:
     )
 
 
+def build_transitions(config: PolicyConfig, *, std: float = 0.0) -> DDIMTransitions | FlowTransitions:
+    """The sampler of fine-tuning: DDIM with eta = 1, or Euler steps of a flow with noise of ``std``, each of
+    ``num_inference_steps`` steps; its ``deterministic()`` acts without noise."""
+    from minidiff_fast.transitions import DDIMTransitions, FlowTransitions
+
+    if config.prediction == "flow":
+        return FlowTransitions(config.num_inference_steps, std, 1, float(config.num_train_timesteps))
+    return DDIMTransitions.from_scheduler(build_scheduler(config), config.num_inference_steps)
+
+
 class PushTActor:
     """A policy as :func:`minidiff_fast.tasks.pusht.evaluation.evaluate` calls it: observations in, actions
     out.
@@ -262,10 +275,13 @@ class PushTActor:
 
     Args:
         policy: in the mode (train, eval) it is in; ``evaluate`` wants eval.
-        scheduler: from :func:`build_scheduler`; its state is reset at every call.
+        scheduler: from :func:`build_scheduler`; its state is reset at every call. None for the samplers of fine-tuning.
         config: the policy's configuration.
         device: where the policy lies.
         seed: of the action samples.
+        sampler: ``scheduler``, or a sampler of fine-tuning (:func:`build_transitions`): ``deterministic`` without
+            noise after the initial one, ``stochastic`` with noise at every step.
+        min_std: lower bound of the stochastic sampler's standard deviation, in normalised actions.
     """
 
     def __init__(
@@ -275,9 +291,18 @@ class PushTActor:
         config: PolicyConfig,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        *,
+        sampler: Sampler = "scheduler",
+        min_std: float = 0.0,
     ) -> None:
         import torch
 
+        if sampler not in get_args(Sampler) or (sampler == "scheduler") != (scheduler is not None):
+            raise InvalidArgument(
+                f"PushTActor: sampler must be one of {', '.join(get_args(Sampler))}, and a scheduler goes with "
+                f"'scheduler' alone, got {sampler!r} and {type(scheduler).__name__}"
+            )
+        self.sampler, self.min_std = sampler, min_std
         self.policy, self.scheduler, self.config = policy, scheduler, config
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
@@ -288,20 +313,27 @@ class PushTActor:
     ) -> np.ndarray:  # [n, n_action_steps, 2], pixels
         import torch
 
-        from minidiff_fast.sampling import sample_actions
-
         config = self.config
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in obs.items()}
         with torch.no_grad():
-            sampled = sample_actions(
-                self.policy,
-                tensors,
-                self.scheduler,
-                num_inference_steps=config.num_inference_steps,
-                shape=(config.horizon, ACTION_DIM),
-                generator=self._generator,
-            )
-            pixels = self.policy.denormalize_actions(sampled[:, 0])  # [n, T, 2]
+            pixels = self.policy.denormalize_actions(self._sample(tensors))  # [n, T, 2]
         first = config.n_obs_steps - 1
         chosen: np.ndarray = pixels[:, first : first + config.n_action_steps].float().cpu().numpy()
         return chosen
+
+    def _sample(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:  # [n, T, 2], normalised
+        from minidiff_fast.sampling import sample_actions, sample_chain
+
+        config, shape = self.config, (self.config.horizon, ACTION_DIM)
+        if self.sampler == "scheduler":
+            sampled = sample_actions(
+                self.policy, obs, self.scheduler, num_inference_steps=config.num_inference_steps, shape=shape,
+                generator=self._generator,
+            )  # fmt: skip
+            return sampled[:, 0]
+        transitions: Any = build_transitions(config, std=self.min_std)
+        noisy = self.sampler == "stochastic"
+        return sample_chain(
+            self.policy, obs, transitions if noisy else transitions.deterministic(), shape=shape,
+            min_std=self.min_std if noisy else 0.0, generator=self._generator,
+        ).actions  # fmt: skip

@@ -1,0 +1,1 @@
+"""Fine-tuning of diffusion and flow policies by reinforcement learning: environments, buffer, update, loop."""
