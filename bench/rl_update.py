@@ -140,7 +140,7 @@ def prepare(case: Case, k: int, device: torch.device) -> Update:
         features = policy.features(obs)
         record = algorithm.act(policy, policy.condition(features)).record
         for parameter in policy.parameters():
-            parameter.mul_(1.0 + 0.2 * torch.randn_like(parameter))
+            parameter.mul_(1.0 + 0.1 * torch.randn_like(parameter))
     critic = SharedCritic(ValueHead(features.shape[1] * features.shape[2])).to(device)
     optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], lr=0.0, fused=True)
     rows = STORED * batch
