@@ -19,6 +19,8 @@ from minidiff_fast.level2 import Drawn, Level2Batch, Noised
 from minidiff_fast.ops.box_muller import rounded_sqrt
 from minidiff_fast.ops.denoising_loss import denoising_loss
 from minidiff_fast.ops.level2_noise import Level2Noise, NoiseDraw, TimestepDraw, level2_noise
+from minidiff_fast.policy import Policy
+from minidiff_fast.transitions import DDIMTransitions, FlowTransitions, Transitions
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
@@ -251,7 +253,7 @@ class DenoisingLoss:
 
     def per_sample(
         self, denoise: Callable[[Any, Tensor, Tensor], Tensor], cache: Any, batch: Level2Batch
-    ) -> Tensor:  # [B, K] float32
+    ) -> Tensor:  # [B, K] float32 (float64 for float64 predictions)
         """The loss of every sample of ``batch``, weights applied.
 
         Raises:
@@ -264,4 +266,78 @@ class DenoisingLoss:
                 f"DenoisingLoss: denoise must return [B, K, T, A] = {list(noised.target.shape)}, "
                 f"got {list(prediction.shape)}"
             )
-        return denoising_loss(prediction, noised.target, weight=batch.weight, mask=batch.mask).float()
+        return denoising_loss(prediction, noised.target, weight=batch.weight, mask=batch.mask)
+
+
+def il_loss(
+    policy: Policy,
+    cache: Any,
+    a0: Tensor,  # [B, T, A], normalised
+    *,
+    k: int | None = None,
+    process: DiffusionProcess | FlowMatching,
+    weight: Tensor | None = None,  # [B] or [B, K]
+    mask: Tensor | None = None,  # [B, T] bool
+    t: Tensor | None = None,  # [B, K]
+    noise: Tensor | None = None,  # [B, K, T, A]
+    reduction: Literal["mean", "none"] = "mean",
+    generator: torch.Generator | None = None,
+) -> Tensor:  # [] or [B, K]
+    r"""The denoising loss of K noised samples of each of B actions, from conditions encoded by the caller.
+
+    :math:`l_{bk} = w_{bk} \| \mathrm{denoise}(c_b, x_{bk}, t_{bk}) - target_{bk} \|^2` (a mean over tokens and action
+    dimensions), and their mean. See :class:`DenoisingLoss`.
+
+    Args:
+        policy: its ``denoise`` runs once, on B * K rows.
+        cache: what ``policy.encode`` gave for the B conditions.
+        a0: the clean actions, one sequence a condition.
+        k: samples drawn per condition; leave out where ``t`` and ``noise`` are given.
+        process: how samples are noised and what is predicted.
+        weight: factor on each condition's, or each sample's, loss; the mean still divides by B * K.
+        mask: True where an action token counts.
+        t, noise: the process's times and standard normal noise; both, or neither and they are drawn.
+        reduction: ``"none"`` gives ``[B, K]``.
+        generator: the only source of randomness.
+
+    Raises:
+        InvalidArgument: one of ``t`` and ``noise`` alone, neither these nor ``k``, shapes that do not fit.
+    """
+    if (t is None) != (noise is None):
+        raise InvalidArgument("il_loss: t and noise belong together: give both, or neither and k")
+    if reduction not in ("mean", "none"):
+        raise InvalidArgument(f"il_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    samples = k if t is None else t.shape[-1]
+    if samples is None or (k is not None and k != samples):
+        raise InvalidArgument(f"il_loss: k, the samples per condition, must be {samples or 'given without t'}, got {k}")
+    if weight is not None and weight.dim() == 1:
+        weight = weight[:, None].expand(-1, samples)
+    objective = DenoisingLoss(process)
+    if t is None or noise is None:
+        batch = Level2Batch.draw(None, a0, samples, objective, generator=generator, weight=weight, mask=mask)
+    else:
+        batch = Level2Batch(None, a0, t, noise, weight=weight, mask=mask)
+    loss = objective.per_sample(policy.denoise, cache, batch)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def check_sampler(where: str, transitions: Transitions, process: DiffusionProcess | FlowMatching) -> None:
+    """Raise :class:`InvalidArgument` where a sampler and a process speak of different times or predictions."""
+    if isinstance(transitions, FlowTransitions) and isinstance(process, FlowMatching):
+        ours = (transitions.noise_at, transitions.timestep_scale)
+        theirs = (process.noise_at, process.timestep_scale)
+        if ours != theirs:
+            raise InvalidArgument(
+                f"{where}: sampler and process must share (noise_at, timestep_scale), got {ours} and {theirs}; "
+                "FlowTransitions.from_process takes them over"
+            )
+    elif isinstance(transitions, DDIMTransitions) and isinstance(process, DiffusionProcess):
+        if transitions.prediction_type != process.prediction_type:
+            raise InvalidArgument(
+                f"{where}: sampler and process must share prediction_type, got {transitions.prediction_type!r} and "
+                f"{process.prediction_type!r}"
+            )
+    elif isinstance(transitions, FlowTransitions | DDIMTransitions):
+        raise InvalidArgument(
+            f"{where}: {type(transitions).__name__} does not sample what {type(process).__name__} trains"
+        )
