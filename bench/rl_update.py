@@ -37,7 +37,8 @@ from timing import Clock
 from torch import Tensor, nn
 
 from minidiff_fast.finetuning.critic import SharedCritic, ValueHead
-from minidiff_fast.finetuning.learner import flat_losses, level2_losses
+from minidiff_fast.finetuning.flat import flat_losses
+from minidiff_fast.finetuning.learner import level2_losses
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
 from minidiff_fast.objectives.dppo import DPPO
 from minidiff_fast.objectives.policy_gradient import normalize_advantage
@@ -140,7 +141,7 @@ def prepare(case: Case, k: int, device: torch.device) -> Update:
         features = policy.features(obs)
         record = algorithm.act(policy, policy.condition(features)).record
         for parameter in policy.parameters():
-            parameter.mul_(1.0 + 0.2 * torch.randn_like(parameter))
+            parameter.mul_(1.0 + 0.1 * torch.randn_like(parameter))
     critic = SharedCritic(ValueHead(features.shape[1] * features.shape[2])).to(device)
     optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], lr=0.0, fused=True)
     rows = STORED * batch
@@ -177,27 +178,20 @@ def minibatch(update: Update) -> Minibatch:
 def level2(update: Update) -> Tensor:
     """B rows of observations and values, [B, K] steps."""
     obs, batch, rest = minibatch(update)
-    losses = level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
-    return losses.actor.loss + VALUE_WEIGHT * losses.value
+    actor, value = level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
+    return actor.loss + VALUE_WEIGHT * value
 
 
-def flat(update: Update) -> Tensor:
+def flat(update: Update, shadow: DiffusionPolicy | None = None) -> Tensor:
     """B * K rows of everything."""
     obs, batch, rest = minibatch(update)
-    losses = flat_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
-    return losses.actor.loss + VALUE_WEIGHT * losses.value
+    actor, value = flat_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest, shadow=shadow)
+    return actor.loss + VALUE_WEIGHT * value
 
 
 def peer(update: Update) -> Tensor:
     """Flat, and the frozen base on all rows, whose predictions nothing keeps."""
-    obs, batch, _ = minibatch(update)
-    k = update.algorithm.steps
-    x, position = (batch[name].flatten(0, 1)[:, None] for name in ("x", "position"))
-    times = update.algorithm.transitions.times(x.device)
-    with torch.no_grad():
-        repeated = {name: value.repeat_interleave(k, 0) for name, value in obs.items()}
-        update.base.denoise(update.base.encode(repeated), x, times[position])
-    return flat(update)
+    return flat(update, update.base)
 
 
 Side = Callable[[Update], Tensor]
@@ -281,7 +275,7 @@ def measure(case: Case, k: int, device: torch.device, repeats: int | None, secon
     errors = verify(update)
     with torch.no_grad():
         obs, batch, rest = minibatch(update)
-        losses = level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
+        actor, _ = level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
     own = (*update.parameters, *update.obs.values(), *update.record.values())
     sides = {
         name: {
@@ -303,7 +297,7 @@ def measure(case: Case, k: int, device: torch.device, repeats: int | None, secon
                 times[name].append(taken)
     return {
         "case": asdict(case), "B": len(update.decisions), "K": k, "errors": errors,
-        "clip_fraction": float(losses.actor.stats["clip_fraction"]),
+        "clip_fraction": float(actor.stats["clip_fraction"]),
         "sides": {name: {**sides[name], "times_ms": times[name]} for name in names},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip

@@ -69,9 +69,9 @@ def test_steps_lie_on_both_sides_of_the_clip_range(suite) -> None:
 def test_a_side_with_another_gradient_is_refused(suite, monkeypatch, wrong) -> None:
     def side(update):
         obs, batch, rest = suite.minibatch(update)
-        losses = suite.level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
-        more = {"surrogate": losses.actor.loss, "value": losses.value}[wrong]
-        return losses.actor.loss + suite.VALUE_WEIGHT * losses.value + 1e-3 * (more - more.detach())
+        actor, value = suite.level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
+        more = {"surrogate": actor.loss, "value": value}[wrong]
+        return actor.loss + suite.VALUE_WEIGHT * value + 1e-3 * (more - more.detach())
 
     monkeypatch.setitem(suite.SIDES, "level2", side)
     with pytest.raises(SystemExit, match="level2 differs from flat by .*: nothing is timed"):
