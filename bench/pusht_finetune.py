@@ -161,11 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = report.markdown(made)
     (out / f"{NAME}.md").write_text(text, encoding="utf-8")
     print(text, end="")
-    curves = {
-        label: made["runs"][f"{kind}-{settings.seeds[0]}"]["curve"]
-        for kind, label in (("dppo", "Level-2: one encode a decision"), ("flat", "flat: one encode a pair"))
-        if f"{kind}-{settings.seeds[0]}" in made["runs"]
-    }
+    curves = report.curves(made)
     if curves:
         report.draw(curves, out / f"{NAME}.png")
     for name, why in failed.items():

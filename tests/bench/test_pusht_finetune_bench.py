@@ -158,7 +158,23 @@ def test_the_table(report, document):
     assert "| DPPO, trained there | near-goal | 2 | 100 | 1.25 M |" in text
     assert "| BC (flow), compute-matched | stock | 1 | 100 |  | 0.600 |" in text
     assert "| DPPO against compute-matched BC | stock | 2 | +0.400 | [+0.2" in text and "| gains |" in text
+    assert "encodes" not in text, "flat has not run"
+    counted = {"step": 9, "env_steps": 2e6, "encoder_passes": 3e6, "seconds": 60.0, "cpu_seconds": 50.0}
+    document["runs"]["dppo-0"] |= counted
+    document["runs"]["flat-0"] = {**counted, "encoder_passes": 9e6, "seconds": 90.0}
+    costs = report.markdown(document)
+    assert (
+        "| Level-2 | 9 | 2.00 M | 3.00 M | 60 | 50 |" in costs and "| flat | 9 | 2.00 M | 9.00 M | 90 | 50 |" in costs
+    )
     assert "| loses |" in text and "| no difference shown |" in text
+
+
+def test_the_curves_begin_at_the_common_start(report, document):
+    row = {"seconds": 9.0, "env_steps": 5, "success_rate": 0.5, "success_interval": [0.4, 0.6]}
+    document["runs"]["dppo-0"]["curve"] = document["runs"].setdefault("flat-0", {})["curve"] = [row]
+    level2, flat = report.curves(document).values()
+    assert level2 == flat and level2[1] == row
+    assert (level2[0]["seconds"], level2[0]["env_steps"], level2[0]["success_rate"]) == (0.0, 0, 0.1)
 
 
 def test_the_figure(report, tmp_path):
