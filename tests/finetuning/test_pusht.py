@@ -1,0 +1,216 @@
+"""`minidiff-fast finetune pusht` from end to end, small: every algorithm, resume, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+for module in ("gym_pusht", "diffusers", "safetensors", "accelerate", "tyro", "tensorboard"):
+    pytest.importorskip(module)
+
+from minidiff_fast.cli import main  # noqa: E402
+from minidiff_fast.errors import CheckpointError, RunFolderError  # noqa: E402
+from minidiff_fast.finetuning.config import FinetuneConfig  # noqa: E402
+from minidiff_fast.finetuning.pusht import finetune_pusht  # noqa: E402
+from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig, PushTActor  # noqa: E402
+from minidiff_fast.training import checkpoint  # noqa: E402
+from minidiff_fast.training.config import TrainConfig  # noqa: E402
+from minidiff_fast.training.metrics import read_metrics  # noqa: E402
+from minidiff_fast.training.pusht import train_pusht  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
+
+
+def train(folder, **shapes):
+    small = {
+        "horizon": 3,
+        "n_obs_steps": 1,
+        "n_action_steps": 3,
+        "num_inference_steps": 3,
+        "hidden_dim": 16,
+        "n_blocks": 1,
+    }
+    policy = PolicyConfig(**{**small, "encoder_width": 8, "encoder_blocks": 1, **shapes})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIDIFF_FAST_IMPL", "reference")
+        train_pusht(
+            TrainConfig(
+                out=str(folder),
+                policy=policy,
+                max_steps=3,
+                batch_size=4,
+                l2_batch=2,
+                demo_episodes=2,
+                eval_every="none",
+                log="none",
+                progress=False,
+                num_threads=1,
+            )  # fmt: skip
+        )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cloned(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("bc") / "run")
+
+
+@pytest.fixture(scope="module")
+def cloned_flow(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("flow") / "run", prediction="flow")
+
+
+def config(start, out, **options):
+    values = {
+        "max_iterations": 2, "envs": 2, "chunk_steps": 3, "epochs": 2, "batch_size": 4, "critic_warmup": 1,
+        "eval_every": "none", "log": "none", "progress": False, "lr": 1e-3,
+    }  # fmt: skip
+    return FinetuneConfig(checkpoint=start, out=str(out), **{**values, **options})
+
+
+def weights(folder):
+    return checkpoint.load_policy(folder)[0].state_dict()
+
+
+@pytest.mark.parametrize("algo", ["dppo", "fpo", "reinflow", "awr"])
+def test_every_algorithm_changes_the_policy_and_can_be_evaluated(algo, cloned, cloned_flow, tmp_path, capsys):
+    start = cloned_flow if algo == "reinflow" else cloned
+    out = tmp_path / "run"
+    result = finetune_pusht(config(start, out, algo=algo))
+    assert result.iterations == 2 and result.total.chunk_steps == 12 and result.total.env_steps == 36
+    before, after = weights(start), weights(out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    row = read_metrics(out)[-1]
+    assert row["total_encoder_passes"] == result.total.encoder_passes and row["env_steps"] == 18
+    assert main(["eval", "pusht", "--checkpoint", str(out), "--episodes", "1", "--max-steps", "3", "--no-progress", "--sampler", "stochastic"]) == 0  # fmt: skip
+    assert "score" in capsys.readouterr().out
+
+
+def test_from_the_command_line_with_tensorboard_and_evaluations(cloned, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = "--max-iterations 2 --envs 2 --chunk-steps 2 --epochs 1 --batch-size 4 --critic-warmup 0 --eval-every 1 --eval-episodes 2 --no-progress --variant near-goal"  # fmt: skip
+    assert main(["finetune", "pusht", "--checkpoint", cloned, "--out", str(out), *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder passes" in printed and "environment steps" in printed
+    assert list((out / "logs").glob("events*"))
+    assert [row["step"] for row in read_metrics(out) if row["kind"] == "eval"] == [1, 2]
+    assert (out / "checkpoints" / "best").is_file()
+    assert main(["report", str(out)]) == 0
+    assert "encoder passes" in (out / "report.md").read_text()
+
+
+def test_a_resumed_run_goes_on(cloned, tmp_path):
+    out = tmp_path / "run"
+    begun = finetune_pusht(config(cloned, out, max_iterations=1))
+    went = finetune_pusht(config(cloned, out, max_iterations=3, resume=True))
+    assert went.iterations == 3 and len(went.reports) == 2
+    assert went.total.env_steps == 3 * begun.total.env_steps
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
+    with pytest.raises(CheckpointError, match="--lr"):
+        finetune_pusht(config(cloned, out, resume=True, lr=5e-3))
+    with pytest.raises(CheckpointError, match="no run of finetune"):
+        finetune_pusht(config(cloned, cloned, resume=True))
+
+
+def test_flat_pairs_learn_the_same_with_k_times_the_passes(cloned, tmp_path):
+    results = []
+    for flat in (False, True):
+        out = tmp_path / f"flat{flat}"
+        done = finetune_pusht(config(cloned, out, flat_pairs=flat, max_iterations=1, critic_warmup=0, critic="shared"))
+        results.append((done.total, weights(out)))
+    (ours, mine), (flat, theirs) = results
+    assert ours.encoder_passes == 6 + 2 * 6 + 2 and flat.encoder_passes == (3 + 1) * 6 + 2 * 3 * 6 + 2
+    assert ours.denoiser_rows == flat.denoiser_rows
+    begun = weights(cloned)
+    moved = max(float((mine[n] - begun[n]).abs().max()) for n in mine)
+    assert moved > 1e-4
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0.02 * moved)
+
+
+def test_frozen_steps_and_cloning_run(cloned, tmp_path):
+    done = finetune_pusht(config(cloned, tmp_path / "a", fine_tuned_steps=2, bc_weight=0.1, k=1))
+    assert done.total.base_encoder_passes > 0
+    assert "bc_loss" in done.reports[-1].stats
+
+
+def test_the_samplers_of_fine_tuning_act(cloned):
+    policy, info = checkpoint.load_policy(cloned)
+    obs = {"keypoints": torch.rand(3, 1, 20).mul(512).numpy()}
+    for sampler, std in (("deterministic", 0.0), ("stochastic", 0.1)):
+        first, second = (
+            PushTActor(policy, None, info.policy, seed=seed, sampler=sampler, min_std=std)(obs) for seed in (4, 4)
+        )
+        assert first.shape == (3, 3, 2) and (first == second).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"algo": "ppo"}, "--algo"),
+        ({"gamma": 1.5}, "--gamma"),
+        ({"envs": 0}, "--envs"),
+        ({"clip": 0.0}, "--clip"),
+        ({"log": "wandb"}, "--log"),
+        ({"algo": "fpo", "flat_pairs": True}, "--flat-pairs"),
+        ({"algo": "awr", "bc_weight": 1.0}, "--bc-weight"),
+        ({"peer_passes": True}, "--peer-passes"),
+        ({"budget": "5 parsecs"}, "--budget"),
+        ({"eval_every": "often"}, "--eval-every"),
+        ({"out": " "}, "--out"),
+    ],
+)
+def test_wrong_options_are_named(options, text):
+    with pytest.raises(InvalidOption, match=text):
+        config("runs/bc", **{"out": "runs/x", **options})
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(cloned, cloned_flow, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(CheckpointError, match="flow policies"):
+        finetune_pusht(config(cloned, out, algo="reinflow"))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        finetune_pusht(config(str(tmp_path / "nowhere"), out))
+    assert not out.exists()
+    (out / "something").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="not empty"):
+        finetune_pusht(config(cloned, out))
+
+
+def test_an_environment_that_does_not_fit_the_checkpoint_is_refused(cloned, tmp_path, monkeypatch):
+    from minidiff_fast.errors import InvalidArgument
+    from minidiff_fast.finetuning import pusht
+
+    real = pusht.PushTFactory
+    monkeypatch.setattr(
+        pusht, "PushTFactory", lambda shapes, variant: real(replace(shapes, n_obs_steps=2, horizon=8), variant)
+    )
+    with pytest.raises(InvalidArgument, match="observation 'keypoints'"):
+        finetune_pusht(config(cloned, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_reads_well():
+    done = subprocess.run(
+        [sys.executable, "-c", "from minidiff_fast.cli import main; main(['finetune', 'pusht', '--help'])"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    for text in (
+        "--checkpoint",
+        "--algo {dppo,fpo,reinflow,awr}",
+        "--flat-pairs",
+        "--resume",
+        "--target-kl",
+        "--variant",
+    ):
+        assert text in done.stdout
+    assert "torch" not in json.dumps(done.stderr)
