@@ -259,10 +259,11 @@ def test_resnet18_gradients_agree_to_1e_5_in_float32():
     torch.manual_seed(0)
     encoder = ImageEncoder({}, image_size=(34, 34), crop_size=(32, 32), keypoints=4)
     case, policy, obs = Case("ddim-epsilon"), make_policy(0, encoder, 8), images(size=34, batch=2)
+    case.steps = 2  # of 5: as few passes of the ResNet as tell
     critic = nn.Linear(TO * 8, 1)
-    chain, old, advantage, returns = collected(case, policy, None, obs)
+    chain, old, advantage, returns = collected(case, policy, policy, obs)
     advantage, returns = advantage.float(), returns.float()
-    algorithm = DPPO(case.transitions, (T, A), LOOSE)
+    algorithm = DPPO(case.transitions, (T, A), LOOSE, fine_tuned=2)
     features = policy.features(obs)
     batch = algorithm.minibatch({"chain": chain, "log_prob": old})
     loss = algorithm.loss(policy, policy.condition(features), batch, normalize_advantage(advantage)).loss
