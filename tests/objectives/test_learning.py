@@ -41,13 +41,19 @@ def descend(optimizer, loss):
 @pytest.fixture(scope="module")
 def broad():
     """Imitates actions that know nothing of the target."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIDIFF_FAST_IMPL", "reference")
+        return imitate()
+
+
+def imitate():
     torch.manual_seed(0)
     draws = torch.Generator().manual_seed(0)
     unit = MinMaxNormalizer(-torch.ones(A), torch.ones(A))
     denoiser = DiffusionMLP(A, A, T, 1, 8, hidden_dim=32, n_blocks=1, time_dim=16)
     policy = DiffusionPolicy(Encoder(), denoiser, {}, unit).eval()
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
-    for _ in range(200):
+    for _ in range(80):
         obs = {"target": torch.rand(B, 1, A, generator=draws) - 0.5}
         actions = 0.4 * torch.randn(B, T, A, generator=draws)
         descend(optimizer, il_loss(policy, policy.encode(obs), actions, k=4, process=PROCESS, generator=draws))
@@ -57,7 +63,7 @@ def broad():
 @pytest.mark.parametrize(
     ("make", "rate"),
     [
-        (lambda: FPO(FLOW, PROCESS, (T, A), FPOConfig()), 1e-3),
+        (lambda: FPO(FLOW, PROCESS, (T, A), FPOConfig(samples=16)), 2e-3),
         (lambda: ReinFlow(FLOW, (T, A), 8, ReinFlowConfig(clip=0.1)), 3e-3),
         (lambda: AWR(FLOW, PROCESS, (T, A), AWRConfig(beta=1.0, samples=4)), 3e-3),
     ],
@@ -69,7 +75,7 @@ def test_reward_rises(make, rate, broad):
     extra = getattr(algorithm, "module", None)
     parameters = [*policy.parameters(), *([] if extra is None else extra.parameters())]
     optimizer = torch.optim.Adam(parameters, rate)
-    for _ in range(30):
+    for _ in range(18):
         obs = {"target": torch.rand(B, 1, A, generator=draws) - 0.5}
 
         def encode(obs=obs):
@@ -84,5 +90,4 @@ def test_reward_rises(make, rate, broad):
             batch = algorithm.minibatch(decision.record, generator=draws)
             descend(optimizer, algorithm.loss(policy, encode(), batch, normalize_advantage(reward)).loss)
     first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
-    print(f"{first:.3f} -> {last:.3f}")
-    assert last > 0.65 * first, f"{first:.3f} -> {last:.3f}"
+    assert last > 0.5 * first, f"{first:.3f} -> {last:.3f}"
