@@ -11,15 +11,15 @@ from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.nn.condition_cache import held_conditions
-from minidiff_fast.objectives.policy_gradient import (
+from minidiff_fast.policy import Policy
+from minidiff_fast.transitions import (
     ActSteps,
     NoiseStd,
+    Transitions,
     check_act_steps,
     gaussian_log_prob,
     step_moments,
 )
-from minidiff_fast.policy import Policy
-from minidiff_fast.transitions import Transitions
 
 
 @torch.no_grad()
@@ -86,13 +86,13 @@ class Chain(NamedTuple):
     """B decisions: their denoising chains, and how likely each step was."""
 
     samples: Tensor
-    """[B, K + 1, T, A] float32, as drawn, unclamped: entry 0 is where the fine-tuned steps begin, entry K the actions."""
+    """[B, K + 1, T, A] float32, as drawn, unclamped: entry 0 is where the fine-tuned steps begin, entry K actions."""
     log_prob: Tensor
     """[B, K] float32, of the K steps under the policy that drew them."""
     actions: Tensor
     """[B, T, A]: entry K clamped to [-1, 1], for execution."""
     cache: Any
-    """What ``policy.encode`` gave; detached from nothing, as nothing here has a gradient."""
+    """What ``policy.encode`` gave, without history where it was called here."""
 
 
 @torch.no_grad()
@@ -116,8 +116,8 @@ def sample_chain(
 ) -> Chain:
     """Draw one action sequence for each of B observations, keeping its denoising chain, from one encode.
 
-    The last ``fine_tuned`` of the sampler's D steps are kept and scored as they are drawn: the log-probabilities need no
-    second pass. The frozen steps before them run the ``base`` policy, and only where there are any.
+    The last ``fine_tuned`` of the sampler's D steps are kept and scored as they are drawn: the log-probabilities need
+    no second pass. The frozen steps before them run the ``base`` policy, and only where there are any.
 
     Args:
         policy: in the mode in which it is scored later; dropout or batch norm in training mode would give other
@@ -159,6 +159,10 @@ def sample_chain(
     batch = _batch_of(cache, "sample_chain")
     device = next(leaf.device for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor))
     base_cache = base.encode(obs) if base is not None and k < total else None
+    if base_cache is not None and _batch_of(base_cache, "sample_chain") != batch:
+        raise InvalidArgument(
+            f"sample_chain: obs has {_batch_of(base_cache, 'sample_chain')} observations, cache has B = {batch}"
+        )
 
     def normal() -> Tensor:
         source = device if generator is None else generator.device

@@ -149,6 +149,25 @@ def test_eval_prints_the_score_and_writes_video_and_result(
     assert "exists already, and nothing is overwritten" in line
 
 
+def test_eval_runs_variants(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIDIFF_FAST_IMPL", "reference")
+    scores = {}
+    for name, options in {
+        "stock": ["--max-steps", "8"],
+        "near-goal": ["--variant", "near-goal", "--max-steps", "8"],
+        "time-limit": ["--variant", "time-limit"],
+    }.items():
+        result = tmp_path / f"{name}.json"
+        arguments = ["eval", "pusht", "--checkpoint", str(trained / "run"), "--episodes", "3", *options]
+        assert cli.main([*arguments, "--json", str(result), "--no-progress", "--device", "cpu"]) == 0
+        scores[name] = json.loads(result.read_text())
+        assert scores[name]["variant"] == name
+    assert scores["near-goal"]["mean_score"] > scores["stock"]["mean_score"]  # it starts there
+    assert scores["time-limit"]["max_steps"] == 100 and scores["time-limit"]["mean_length"] <= 100
+
+
 def test_resume_and_report(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,17 +22,26 @@ else:
 
 @runtime_checkable
 class ObservesLater(Protocol):
-    """What an environment may offer to be observed only where a policy looks.
+    """What an environment may offer so that only what a policy sees is observed.
 
-    A snapshot is anything small from which the environment can make an observation later. Observations made
-    this way must be those of ``reset`` and ``step``.
+    A snapshot is anything that the environment can make an observation from. Observations made this way must be
+    those of ``reset`` and ``step``.
     """
 
-    def snapshot(self) -> Any:
-        """Of the state now."""
+    @property
+    def steps_left(self) -> int:
+        """Steps until the environment truncates the episode."""
 
-    def step_snapshot(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """``step`` with a snapshot in place of the observation. ``action``: lists of finite numbers, [A]."""
+    def snapshot(self) -> Any:
+        """Of the state now; not None."""
+
+    def step_snapshot(self, action: Any, look: bool) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """``step`` with a snapshot in place of the observation.
+
+        Args:
+            action: list of finite numbers, [A].
+            look: whether the snapshot is needed. Without, it may be None, unless the episode ends here.
+        """
 
     def observe(self, snapshots: Sequence[Any]) -> dict[str, np.ndarray]:
         """The observations {name: [n, ...]} at n snapshots."""
@@ -46,8 +55,9 @@ class ActionChunk(Wrapper):
     last of them plus ``env_steps``, how many ran. Observations are {name: [To, ...]}, the oldest first; after
     ``reset`` the first one is repeated.
 
-    An environment that is an :class:`ObservesLater` itself, not under another wrapper, makes only those
-    observations that a window shows: a chunk of 8 with To = 2 renders 2 images instead of 8.
+    An environment that is an :class:`ObservesLater` itself, not under another wrapper, need make only those
+    observations that a policy sees: a chunk of 8 with To = 2 renders 2 images instead of 8. Where such an episode
+    terminates within a chunk, after which no policy looks, observations that were not made are the next one.
 
     Args:
         env: any environment with a Box action space and a Box or Dict-of-Box observation space.
@@ -107,13 +117,14 @@ class ActionChunk(Wrapper):
         total, steps = 0.0, 0
         terminated = truncated = False
         info: dict[str, Any] = {}
-        for row in chunk.tolist() if later is not None else chunk:
-            if later is not None:
-                seen, reward, terminated, truncated, info = later.step_snapshot(row)
-                window.append(seen)
-            else:
+        sure = self.length if later is None else min(self.length, later.steps_left)
+        for row in chunk if later is None else chunk.tolist():
+            if later is None:
                 seen, reward, terminated, truncated, info = env.step(row)
                 window.append(self._entries(seen))
+            else:
+                seen, reward, terminated, truncated, info = later.step_snapshot(row, sure - steps <= self.n_obs_steps)
+                window.append(seen)
             total += float(reward)
             steps += 1
             if terminated or truncated:
@@ -138,6 +149,9 @@ class ActionChunk(Wrapper):
     def _observe(self) -> dict[str, np.ndarray]:
         window = list(self._window)
         if self._later is not None:
+            for place in range(len(window) - 2, -1, -1):
+                if window[place] is None:
+                    window[place] = window[place + 1]
             return self._later.observe(window)
         return {key: np.stack([seen[key] for seen in window]) for key in self._keys}
 

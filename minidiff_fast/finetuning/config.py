@@ -90,11 +90,14 @@ class FinetuneConfig:
     target_kl: float = 1.0
     """The policy stops learning from an iteration once a minibatch's KL is above this."""
     bc_weight: float = 0.0
-    """Weight of the term that keeps the policy near the one it began as."""
+    """dppo, reinflow: weight of the term that keeps the policy near the one it began as."""
     reward_scaling: bool = False
     """Divide rewards by the running standard deviation of the return, clipped at 10."""
     flat_pairs: bool = False
-    """Encode the observation again for every denoising step, as published code does: for comparison."""
+    """dppo, awr: encode the observation again for every denoising step, as published code does: for comparison."""
+    peer_passes: bool = False
+    """dppo with --flat-pairs: also the passes that DPPO's code makes and whose results it throws away (the frozen
+    network beside the policy's), and its second pass for old log-probabilities."""
     eval_every: str = "auto"
     """How often to evaluate: 5 (iterations), 2m (training time), none; auto is 5 times a run."""
     eval_episodes: int = 100
@@ -125,13 +128,13 @@ class FinetuneConfig:
             "max_iterations": 1, "envs": 1, "chunk_steps": 1, "denoising_steps": 1, "fine_tuned_steps": 1, "samples": 1,
             "k": 1, "epochs": 1, "batch_size": 1, "rows_per_pass": 1, "critic_warmup": 0, "eval_episodes": 1,
             "eval_seed": 0, "keep": 1, "seed": 0, "num_threads": 1, "gamma": 0.0, "gae_lambda": 0.0,
-            "gamma_denoising": 0.0, "clip_base": 0.0, "awr_beta": 0.0, "bc_weight": 0.0,
+            "gamma_denoising": 0.0, "clip_base": 0.0, "bc_weight": 0.0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
                 raise InvalidOption(f"{_flag(name)} must be at least {low:g}, got {value}")
-        for name in ("lr", "critic_lr", "clip", "min_std", "target_kl"):
+        for name in ("lr", "critic_lr", "clip", "min_std", "target_kl", "awr_beta"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):
                 raise InvalidOption(f"{_flag(name)} must be above 0, got {value}")
@@ -142,9 +145,15 @@ class FinetuneConfig:
             raise InvalidOption(f"--algo must be one of {', '.join(get_args(Algo))}, got {self.algo!r}")
         if self.log not in ("tensorboard", "none"):
             raise InvalidOption(f"--log must be tensorboard or none, got {self.log!r}")
-        for name in ("fine_tuned_steps", "bc_weight"):
-            if self.algo != "dppo" and getattr(self, name):
-                raise InvalidOption(f"{_flag(name)} is an option of --algo dppo, got --algo {self.algo}")
+        if self.peer_passes and not self.flat_pairs:
+            raise InvalidOption("--peer-passes goes with --flat-pairs")
+        allowed = {
+            "fine_tuned_steps": ("dppo",), "peer_passes": ("dppo",), "bc_weight": ("dppo", "reinflow"),
+            "flat_pairs": ("dppo", "awr"),
+        }  # fmt: skip
+        for name, algos in allowed.items():
+            if self.algo not in algos and getattr(self, name):
+                raise InvalidOption(f"{_flag(name)} is an option of {' and '.join(algos)}, got --algo {self.algo}")
         if not self.out.strip() or not self.checkpoint.strip():
             raise InvalidOption("--out and --checkpoint must name folders, got an empty string")
         if self.seed >= 2**31:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument, MinidiffFastError
+from minidiff_fast.finetuning.flat import flat_losses
 from minidiff_fast.objectives.policy_gradient import ObjectiveLoss, normalize_advantage, value_loss
 
 
@@ -87,13 +88,6 @@ class UpdateConfig:
             raise InvalidArgument(f"UpdateConfig: weight_decay must be at least 0, got {self.weight_decay}")
 
 
-class Losses(NamedTuple):
-    """The two losses of some decisions."""
-
-    actor: ObjectiveLoss
-    value: Tensor
-
-
 def level2_losses(
     policy: Any,
     critic: nn.Module,
@@ -105,36 +99,11 @@ def level2_losses(
     old_value: Tensor,  # [B]
     *,
     value_clip: float | None = None,
-) -> Losses:
+) -> tuple[ObjectiveLoss, Tensor]:
     """Actor and value loss from one encoder pass a decision."""
     features = policy.features(obs)
     actor = algorithm.loss(policy, condition(policy, algorithm, features), batch, advantage)
-    return Losses(actor, value_loss(critic(obs, features), returns, old_value, clip=value_clip))
-
-
-def flat_losses(
-    policy: Any,
-    critic: nn.Module,
-    algorithm: Algorithm,
-    obs: Any,
-    batch: dict[str, Tensor],  # [B, K, ...] each
-    advantage: Tensor,  # [B]
-    returns: Tensor,  # [B]
-    old_value: Tensor,  # [B]
-    *,
-    value_clip: float | None = None,
-) -> Losses:
-    """The same losses with every (decision, step) pair a condition of its own: B * K encoder passes."""
-    k = next(iter(batch.values())).shape[1]
-
-    def repeat(value: Any) -> Any:
-        return torch.utils._pytree.tree_map(lambda leaf: leaf.repeat_interleave(k, 0), value)
-
-    flat = {name: tensor.flatten(0, 1)[:, None] for name, tensor in batch.items()}
-    return level2_losses(
-        policy, critic, algorithm, repeat(obs), flat, repeat(advantage), repeat(returns), repeat(old_value),
-        value_clip=value_clip,
-    )  # fmt: skip
+    return actor, value_loss(critic(obs, features), returns, old_value, clip=value_clip)
 
 
 def condition(policy: Any, algorithm: Algorithm, features: Tensor) -> Any:
@@ -152,12 +121,22 @@ class Learner:
         algorithm: DPPO, FPO, ReinFlow, ...
         config: constants.
         base: the frozen policy of the behaviour-cloning term.
+        shadow: with ``flat_pairs``, a network that runs beside the policy's for nothing, see
+            :class:`~minidiff_fast.finetuning.flat.FlatPolicy`.
     """
 
     def __init__(
-        self, policy: Any, critic: Any, algorithm: Algorithm, config: UpdateConfig, *, base: Any = None
+        self,
+        policy: Any,
+        critic: Any,
+        algorithm: Algorithm,
+        config: UpdateConfig,
+        *,
+        base: Any = None,
+        shadow: Any = None,
     ) -> None:
         self.policy, self.critic, self.algorithm, self.config = policy, critic, algorithm, config
+        self.shadow = shadow
         self.base, self.bc_weight = base, float(getattr(getattr(algorithm, "config", None), "bc_weight", 0.0))
         if self.bc_weight > 0.0 and base is None:
             raise InvalidArgument("Learner: bc_weight > 0 needs base, the frozen policy to stay near")
@@ -238,17 +217,18 @@ class Learner:
             return {"value_loss": value.detach()}
         record = {name: tensor[part] for name, tensor in rows.record.items()}
         batch = self.algorithm.minibatch(record, k=config.k, generator=generator)
-        losses = (flat_losses if config.flat_pairs else level2_losses)(
-            self.policy, self.critic, self.algorithm, obs, batch, advantage[part], returns, old_value,
-            value_clip=config.value_clip,
-        )  # fmt: skip
-        loss, extra = losses.actor.loss + losses.value, {}
+        given = (self.policy, self.critic, self.algorithm, obs, batch, advantage[part], returns, old_value)
+        if config.flat_pairs:
+            actor, value = flat_losses(*given, value_clip=config.value_clip, shadow=self.shadow)
+        else:
+            actor, value = level2_losses(*given, value_clip=config.value_clip)
+        loss, extra = actor.loss + value, {}
         if self.bc_weight > 0.0:
             cloning = self._cloning(obs, generator)
             loss, extra = loss + self.bc_weight * cloning, {"bc_loss": cloning.detach()}
         (share * loss).backward()
-        found = {"actor_loss": losses.actor.loss.detach(), "value_loss": losses.value.detach()}
-        return {**found, **losses.actor.stats, **extra}
+        found = {"actor_loss": actor.loss.detach(), "value_loss": value.detach()}
+        return {**found, **actor.stats, **extra}
 
     def _cloning(self, obs: Any, generator: torch.Generator | None) -> Tensor:
         cache = condition(self.policy, self.algorithm, self.policy.features(obs))

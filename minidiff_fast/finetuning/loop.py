@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minidiff_fast.errors import InvalidArgument, MinidiffFastError
 from minidiff_fast.finetuning.buffer import RolloutBuffer, obs_entries
 from minidiff_fast.finetuning.counters import CountedCritic, CountedPolicy, Counters
+from minidiff_fast.finetuning.flat import FlatPolicy
 from minidiff_fast.finetuning.learner import Algorithm, Learner, UpdateConfig, condition
 from minidiff_fast.finetuning.reward_scaler import RewardScaler
 from minidiff_fast.finetuning.vector import VectorRunner
@@ -46,6 +47,10 @@ class LoopConfig:
     """Divide rewards by the running standard deviation of the return."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """How an iteration's decisions are learned from."""
+    rescore: bool = False
+    """Compute the old log-probabilities in a pass of their own over the rollout, not as the actions are drawn."""
+    peer_passes: bool = False
+    """With ``update.flat_pairs``: run the frozen network beside the policy's at every step, as DPPO's code does."""
     executed: tuple[int, int] | None = None
     """Places [start, stop) of the predicted tokens that the environment executes; None: all."""
     cameras: int = 1
@@ -143,7 +148,10 @@ class Finetuner:
         if base is not None:
             frozen = base.to(self.device).eval().requires_grad_(False)
             self.base = CountedPolicy(frozen, self.counters, config.cameras, "base")
-        self.learner = Learner(self.policy, self.critic, algorithm, config.update, base=self.base)
+        shadow = self.base if config.peer_passes else None
+        self.flat = FlatPolicy(self.policy, shadow) if config.update.flat_pairs else None
+        self._check_forms()
+        self.learner = Learner(self.policy, self.critic, algorithm, config.update, base=self.base, shadow=shadow)
         self.runner = VectorRunner(envs, counters=self.counters)
         self.buffer = RolloutBuffer(
             config.chunk_steps, envs.num_envs, obs_entries(envs.single_observation_space), device=self.device
@@ -252,10 +260,7 @@ class Finetuner:
         episodes: list[tuple[float, bool | None]] = []
         for _ in range(self.config.chunk_steps):
             obs = self._tensors(self._obs)
-            features = self.policy.features(obs)
-            cache = condition(self.policy, self.algorithm, features)
-            decision = self.algorithm.act(self.policy, cache, obs=obs, base=self.base, generator=self.generator)
-            value = self.critic(obs, features)
+            decision, value = self._decide(obs)
             start, stop = self.config.executed or (0, decision.actions.shape[1])
             actions = self.module.denormalize_actions(decision.actions)[:, start:stop]
             result = self.runner.step(actions.float().cpu().numpy())
@@ -266,13 +271,48 @@ class Finetuner:
             )  # fmt: skip
             episodes += self._ended(result)
             self._obs = result.obs
-        self.buffer.finish(
-            self._value(self._tensors(self._obs)),
-            gamma=self.config.gamma,
-            lam=self.config.gae_lambda,
-            scaler=self.scaler,
-        )
+        last = self._value(self._tensors(self._obs))
+        self.buffer.finish(last, gamma=self.config.gamma, lam=self.config.gae_lambda, scaler=self.scaler)
+        if self.config.rescore:
+            self._rescore()
         return episodes
+
+    def _decide(self, obs: dict[str, Tensor]) -> tuple[Any, Tensor]:
+        """Actions, record and value from one encoder pass; from one for each denoising step in the flat form."""
+        if self.flat is not None:
+            base = None if self.base is None else FlatPolicy(self.base)
+            decision = self.algorithm.act(
+                self.flat, self.flat.encode(obs), obs=obs, base=base, generator=self.generator
+            )
+            return decision, self._value(obs)
+        features = self.policy.features(obs)
+        cache = condition(self.policy, self.algorithm, features)
+        decision = self.algorithm.act(self.policy, cache, obs=obs, base=self.base, generator=self.generator)
+        return decision, self.critic(obs, features)
+
+    def _rescore(self) -> None:
+        """Old log-probabilities of the whole rollout, in batches as the update's."""
+        buffer, size = self.buffer, self.config.update.batch_size
+        decisions = buffer.decisions * buffer.envs
+        for start in range(0, decisions, size):
+            index = torch.arange(start, min(start + size, decisions))
+            rows = buffer.rows(index)
+            if self.flat is not None:
+                scored = self.algorithm.rescore(self.flat, self.flat.encode(rows.obs), rows.record)  # type: ignore[attr-defined]
+            else:
+                cache = condition(self.policy, self.algorithm, self.policy.features(rows.obs))
+                scored = self.algorithm.rescore(self.policy, cache, rows.record)  # type: ignore[attr-defined]
+            for name, tensor in scored.items():
+                buffer.record[name].flatten(0, 1)[index] = tensor.float().cpu()
+
+    def _check_forms(self) -> None:
+        config = self.config
+        if config.rescore and not callable(getattr(self.algorithm, "rescore", None)):
+            raise InvalidArgument(f"LoopConfig: rescore is not for {type(self.algorithm).__name__}")
+        if config.update.flat_pairs and hasattr(self.algorithm, "condition"):
+            raise InvalidArgument(f"UpdateConfig: flat_pairs is not for {type(self.algorithm).__name__}")
+        if config.peer_passes and (self.base is None or not config.update.flat_pairs):
+            raise InvalidArgument("LoopConfig: peer_passes goes with flat_pairs and needs base, the frozen network")
 
     def _final_value(self, result: Any) -> Tensor:  # [N]
         """V of the observations at which episodes were cut; 0 elsewhere."""

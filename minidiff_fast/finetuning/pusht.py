@@ -15,7 +15,7 @@ from minidiff_fast.tasks.pusht.policy import (
     ACTION_DIM,
     LOW_DIM_ENTRIES,
     PolicyConfig,
-    PushTActor,
+    build_process,
     build_transitions,
 )
 from minidiff_fast.training import checkpoint
@@ -98,8 +98,8 @@ class _Run:
         self.config, self.shapes, self.device = config, shapes, device
         self.interval = config.interval("eval_every")
         algorithm = build_algorithm(config, shapes, policy)
-        steps = getattr(algorithm, "steps", None)
-        frozen = config.algo == "dppo" and (config.bc_weight > 0.0 or steps != shapes.num_inference_steps)
+        frozen = config.bc_weight > 0.0 or config.peer_passes
+        frozen = frozen or (config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps)
         update = UpdateConfig(
             epochs=config.epochs, batch_size=config.batch_size, k=config.k, actor_lr=config.lr,
             critic_lr=config.critic_lr, target_kl=config.target_kl, flat_pairs=config.flat_pairs,
@@ -109,7 +109,8 @@ class _Run:
             max_iterations=config.max_iterations, max_seconds=config.budget_seconds, chunk_steps=config.chunk_steps,
             gamma=config.gamma, gae_lambda=config.gae_lambda, critic_warmup=config.critic_warmup,
             reward_scaling=config.reward_scaling, update=update, executed=executed_tokens(shapes), seed=config.seed,
-            evaluate=self.interval, save=config.interval("checkpoint_every"),
+            rescore=config.peer_passes, peer_passes=config.peer_passes, evaluate=self.interval,
+            save=config.interval("checkpoint_every"),
         )  # fmt: skip
         self.envs = build_envs(config, shapes)
         self.tuner = Finetuner(
@@ -201,7 +202,30 @@ def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffus
         )  # fmt: skip
         transitions = build_transitions(shapes, std=config.min_std)
         return DPPO(transitions, shape, constants, fine_tuned=config.fine_tuned_steps, act_steps=act_steps)
-    raise NotImplementedError
+    if config.algo == "reinflow":
+        from minidiff_fast.objectives.reinflow import ReinFlow, ReinFlowConfig
+
+        if shapes.prediction != "flow":
+            raise CheckpointError(
+                f"{config.checkpoint}: --algo reinflow fine-tunes flow policies (train pusht --prediction flow), this "
+                f"one predicts {shapes.prediction!r}"
+            )
+        # The range of the source, 0.10 to 0.24, scaled to the exploration that was asked for.
+        learned = ReinFlowConfig(
+            clip=clip, noise_low=config.min_std, noise_high=2.4 * config.min_std, bc_weight=config.bc_weight
+        )
+        width = shapes.n_obs_steps * int(policy.encoder.output_dim)
+        return ReinFlow(build_transitions(shapes), shape, width, learned, act_steps=act_steps)
+    transitions, process = build_transitions(shapes), build_process(shapes)
+    if config.algo == "fpo":
+        from minidiff_fast.objectives.fpo import FPO, FPOConfig
+
+        scored = FPOConfig(clip=clip, samples=config.samples, min_sampling_std=config.min_std)
+        return FPO(transitions, process, shape, scored, act_steps=act_steps)
+    from minidiff_fast.objectives.weighted import AWR, AWRConfig
+
+    weights = AWRConfig(beta=config.awr_beta, samples=config.samples, min_sampling_std=config.min_std)
+    return AWR(transitions, process, shape, weights, act_steps=act_steps)
 
 
 LOG_PROB_HIGH = 5.0

@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.objectives._records import check_record
 from minidiff_fast.objectives.policy_gradient import (
-    ActSteps,
     ObjectiveLoss,
     chain_logprob,
     denoising_clip,
     denoising_discount,
+    masked_mean,
     ppo_loss,
     score_chain,
     transitions_of,
 )
 from minidiff_fast.policy import Policy
 from minidiff_fast.sampling import sample_chain
-from minidiff_fast.transitions import Transitions
+from minidiff_fast.transitions import ActSteps, Transitions, check_act_steps
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,6 @@ class DPPOConfig:
     """Lower clamp of an entry's log-density."""
     log_prob_high: float = 2.0
     """Upper clamp of an entry's log-density; no gradient above it."""
-    advantage_low: float = 0.0
-    """Quantile below which advantages are clamped; 0 clamps none."""
-    advantage_high: float = 1.0
-    """Quantile above which advantages are clamped; 1 clamps none."""
     bc_weight: float = 0.0
     """Weight of the behaviour-cloning term: the frozen base's chains, scored under the fine-tuned policy."""
 
@@ -67,14 +64,13 @@ class DPPOConfig:
         for name in ("clip", "min_sampling_std", "min_logprob_std", "noise_clip"):
             if not getattr(self, name) > 0.0:
                 raise InvalidArgument(f"DPPOConfig: {name} must be above 0, got {getattr(self, name)}")
-        for name in ("gamma_denoising", "advantage_low", "advantage_high"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise InvalidArgument(f"DPPOConfig: {name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0.0 <= self.gamma_denoising <= 1.0:
+            raise InvalidArgument(f"DPPOConfig: gamma_denoising must be in [0, 1], got {self.gamma_denoising}")
         if not 0.0 <= self.clip_base <= self.clip:
             raise InvalidArgument(f"DPPOConfig: clip_base must be in [0, clip = {self.clip}], got {self.clip_base}")
-        if not (self.log_prob_low < self.log_prob_high and self.advantage_low < self.advantage_high):
+        if not self.log_prob_low < self.log_prob_high:
             raise InvalidArgument(
-                "DPPOConfig: log_prob_low < log_prob_high and advantage_low < advantage_high expected"
+                f"DPPOConfig: log_prob_low must be below log_prob_high = {self.log_prob_high}, got {self.log_prob_low}"
             )
         if not self.bc_weight >= 0.0:
             raise InvalidArgument(f"DPPOConfig: bc_weight must be at least 0, got {self.bc_weight}")
@@ -91,16 +87,21 @@ def dppo_loss(
     weight: Tensor | None = None,  # [B, K]
     valid: Tensor | None = None,  # [B] bool
 ) -> ObjectiveLoss:
-    """The clipped surrogate over decisions and their denoising steps; ``steps`` is the chain's number of them.
+    """The clipped surrogate over decisions and their denoising steps.
+
+    Advantages come normalised and, if at all, clamped to their quantiles (``normalize_advantage``,
+    ``clamp_advantage``): both belong to the whole minibatch, this may see a part of it.
+
+    Args:
+        position: which of the chain's fine-tuned steps each is.
+        steps: the number of those.
 
     Raises :class:`InvalidArgument` for shapes that do not fit, see
     :func:`~minidiff_fast.objectives.policy_gradient.ppo_loss`.
     """
-    clip = denoising_clip(position, steps, clip=config.clip, base=config.clip_base, rate=config.clip_rate)
-    discount = denoising_discount(position, steps, config.gamma_denoising)
-    if (config.advantage_low, config.advantage_high) != (0.0, 1.0):
-        low, high = advantage.quantile(config.advantage_low), advantage.quantile(config.advantage_high)
-        advantage = torch.minimum(torch.maximum(advantage, low), high)
+    dtype = torch.promote_types(log_prob.dtype, torch.float32)
+    clip = denoising_clip(position, steps, clip=config.clip, base=config.clip_base, rate=config.clip_rate, dtype=dtype)
+    discount = denoising_discount(position, steps, config.gamma_denoising, dtype=dtype)
     return ppo_loss(log_prob, old_log_prob, advantage, clip=clip, discount=discount, weight=weight, valid=valid)
 
 
@@ -117,7 +118,7 @@ class DPPO:
     """DPPO of one policy: how it acts, what a decision keeps, the loss of a Level-2 minibatch.
 
     Args:
-        transitions: the sampler, D steps, eta > 0.
+        transitions: the sampler, D steps; steps without noise of their own get the config's least std.
         shape: (T, A).
         config: constants.
         fine_tuned: K, the last steps of the chain that are trained; None is all D.
@@ -133,11 +134,13 @@ class DPPO:
         fine_tuned: int | None = None,
         act_steps: ActSteps = None,
     ) -> None:
-        self.transitions, self.shape, self.act_steps = transitions, shape, act_steps
+        check_act_steps("DPPO", act_steps, shape[0])
+        total = transitions.steps
+        steps = total if fine_tuned is None else fine_tuned
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
+            raise InvalidArgument(f"DPPO: fine_tuned must be an int in [1, {total}], got {fine_tuned!r}")
+        self.transitions, self.shape, self.act_steps, self.steps = transitions, shape, act_steps, steps
         self.config = DPPOConfig() if config is None else config
-        self.steps = transitions.steps if fine_tuned is None else fine_tuned
-        if not 1 <= self.steps <= transitions.steps:
-            raise InvalidArgument(f"DPPO: fine_tuned must be in [1, {transitions.steps}], got {fine_tuned}")
 
     def act(
         self,
@@ -148,7 +151,10 @@ class DPPO:
         base: Policy | None = None,
         generator: torch.Generator | None = None,
     ) -> Decision:
-        """Draw actions from an encoded observation; the record is the chain and its log-probabilities."""
+        """Draw actions from an encoded observation; the record is the chain and its log-probabilities.
+
+        ``obs`` and ``base`` are read where steps are frozen: the base encodes for itself, with its own weights.
+        """
         config = self.config
         chain = sample_chain(
             policy, obs, self.transitions, shape=self.shape, fine_tuned=self.steps, base=base, cache=cache,
@@ -169,15 +175,11 @@ class DPPO:
         With ``k`` each decision gives that many of its K steps, drawn without replacement: the mean over them has the
         expectation of the mean over all, so their weights are 1.
 
-        Raises :class:`InvalidArgument` for a chain of another length than the sampler's.
+        Raises :class:`InvalidArgument` for a record that DPPO did not make, and for a chain of another length than the
+        sampler's.
         """
+        check_record("DPPO", record, {"chain": (self.steps + 1, *self.shape), "log_prob": (self.steps,)})
         chain, old = record["chain"], record["log_prob"]
-        expected = (self.steps + 1, *self.shape)
-        if tuple(chain.shape[1:]) != expected or tuple(old.shape[1:]) != (self.steps,):
-            raise InvalidArgument(
-                f"DPPO: the sampler has {self.steps} fine-tuned steps, so chain must be [B, {', '.join(map(str, expected))}]"
-                f" and log_prob [B, {self.steps}], got {list(chain.shape)} and {list(old.shape)}"
-            )
         pick = None
         if k is not None and k != self.steps:
             pick = pick_steps(len(chain), self.steps, k, device=chain.device, generator=generator)
@@ -194,7 +196,14 @@ class DPPO:
         *,
         valid: Tensor | None = None,  # [B] bool
     ) -> ObjectiveLoss:
-        """Score the steps from one encoded condition a decision, and take the clipped surrogate."""
+        """Score the steps from one encoded condition a decision, and take the clipped surrogate.
+
+        Stats, beside those of :func:`~minidiff_fast.objectives.policy_gradient.ppo_loss`: ``saturated`` and
+        ``log_prob_clamped``, the shares of clean samples and of log-densities that a clamp holds, without gradient.
+
+        Raises :class:`InvalidArgument` for a policy in training mode and for shapes that do not fit.
+        """
+        self._check_mode("loss", policy)
         config, position = self.config, batch["position"]
         score = score_chain(
             policy, cache, batch["x"], batch["x_next"], position + (self.transitions.steps - self.steps),
@@ -205,8 +214,22 @@ class DPPO:
             score.log_prob, batch["old_log_prob"], advantage, position, steps=self.steps, config=config,
             weight=batch.get("weight"), valid=valid,
         )  # fmt: skip
-        shares = {"saturated": score.saturated.mean().detach(), "log_prob_clamped": score.clamped.mean().detach()}
+        shares = {
+            "saturated": masked_mean(score.saturated.detach(), valid),
+            "log_prob_clamped": masked_mean(score.clamped, valid),
+        }
         return ObjectiveLoss(result.loss, {**result.stats, **shares})
+
+    @torch.no_grad()
+    def rescore(self, policy: Policy, cache: Any, record: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The record's log-probabilities under ``policy``, computed as :meth:`loss` does."""
+        batch, config = self.minibatch(record), self.config
+        log_prob = chain_logprob(
+            policy, cache, batch["x"], batch["x_next"], batch["position"] + (self.transitions.steps - self.steps),
+            transitions=self.transitions, min_std=config.min_logprob_std,
+            clamp=(config.log_prob_low, config.log_prob_high), act_steps=self.act_steps,
+        )  # fmt: skip
+        return {"log_prob": log_prob}
 
     def behaviour_cloning(
         self,
@@ -216,18 +239,31 @@ class DPPO:
         obs: Any,
         *,
         generator: torch.Generator | None = None,
+        valid: Tensor | None = None,  # [B] bool
     ) -> Tensor:  # []
-        """Minus the mean log-probability of fresh chains of the frozen base under the fine-tuned policy."""
+        """Minus the mean log-probability of fresh chains of the frozen base under the fine-tuned policy.
+
+        The base encodes once and runs all D steps; the policy scores the last K of them from ``cache``.
+        """
+        self._check_mode("behaviour_cloning", policy)
         config = self.config
         chain = sample_chain(
-            base, obs, self.transitions, shape=self.shape, fine_tuned=self.steps, base=base,
-            min_std=config.min_sampling_std, noise_clip=config.noise_clip, generator=generator,
+            base, obs, self.transitions, shape=self.shape, min_std=config.min_sampling_std,
+            noise_clip=config.noise_clip, generator=generator,
         )  # fmt: skip
-        x, x_next, position = transitions_of(chain.samples)
-        return -chain_logprob(
+        x, x_next, position = transitions_of(chain.samples[:, -self.steps - 1 :])
+        log_prob = chain_logprob(
             policy, cache, x, x_next, position + (self.transitions.steps - self.steps), transitions=self.transitions,
             min_std=config.min_logprob_std, clamp=(config.log_prob_low, config.log_prob_high), act_steps=self.act_steps,
-        ).mean()  # fmt: skip
+        )  # fmt: skip
+        return -masked_mean(log_prob, valid)
+
+    def _check_mode(self, where: str, policy: Policy) -> None:
+        if getattr(policy, "training", False):
+            raise InvalidArgument(
+                f"DPPO.{where}: policy is in training mode, but its old log-probabilities are of eval mode; call "
+                "policy.eval() (gradients flow all the same)"
+            )
 
 
 def pick_steps(

@@ -1,4 +1,4 @@
-r"""What policy gradients on Level-2 batches share: log-probabilities of denoising steps, PPO's ratio, GAE, the value loss.
+r"""What policy gradients on Level-2 batches share: log-probabilities of denoising steps, PPO's ratio, GAE, values.
 
 B decisions (environment steps: one chunk of actions each) of K denoising steps (or samples) each. Whatever belongs to a
 decision (advantage, return, value, the condition) is ``[B]`` and stays so; whatever belongs to a step is ``[B, K]``.
@@ -9,7 +9,6 @@ Sources: Schulman et al., GAE, arXiv 1506.02438, and PPO, arXiv 1707.06347; Ren 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +18,14 @@ from torch import Tensor
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.policy import Policy
 from minidiff_fast.shapes import check_shape, describe
-from minidiff_fast.transitions import Moments, Transitions
-
-ActSteps = int | tuple[int, int] | None
-"""The action tokens that are executed, and alone count: the first n, or places [start, stop); None is all of them."""
+from minidiff_fast.transitions import (
+    ActSteps,
+    NoiseStd,
+    Transitions,
+    check_act_steps,
+    gaussian_log_prob,
+    step_moments,
+)
 
 
 class ObjectiveLoss(NamedTuple):
@@ -83,11 +86,12 @@ def gae(
         A_s = \delta_s + \gamma \lambda (1 - \mathrm{done}_s) A_{s+1}
 
     ``next_value`` is the value of the observation that this decision *led to*: of the final observation where the
-    episode was cut (truncated), never of the next episode's first one. A row that is not ``valid`` (an inserted reset, a
-    dead environment) gets 0 and cuts the sum.
+    episode was cut (truncated), never of the next episode's first one. A row that is not ``valid`` (an inserted
+    reset, a dead environment) gets 0 (advantage and return) and cuts the sum.
 
     Raises:
-        InvalidArgument: a shape differs, a reward is not finite, or gamma or lam is outside [0, 1].
+        InvalidArgument: a shape differs, a flag is not boolean, a reward or value that counts is not finite, or gamma
+            or lam is outside [0, 1].
     """
     if reward.dim() != 2:
         raise InvalidArgument(f"gae: reward must be [S, N], got {list(reward.shape)}")
@@ -96,25 +100,25 @@ def gae(
     for name, tensor in {"value": value, "next_value": next_value, **flags}.items():
         check_shape("gae", name, tensor, list(reward.shape), "[S, N]", context)
     for name, tensor in flags.items():
-        if tensor.dtype != torch.bool:
-            raise InvalidArgument(f"gae: {name} must be boolean, got {tensor.dtype}")
+        _check_bool("gae", name, tensor)
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= number <= 1.0:
             raise InvalidArgument(f"gae: {name} must be in [0, 1], got {number}")
     counts = torch.ones_like(terminated) if valid is None else valid
-    if not bool((torch.isfinite(reward) | ~counts).all()):
-        step, env = (~torch.isfinite(reward) & counts).nonzero()[0].tolist()
-        raise InvalidArgument(
-            f"gae: rewards must be finite, got {float(reward[step, env])} at decision {step} of environment {env}"
-        )
-    reward = reward.masked_fill(~counts, 0.0)
-    going = (~terminated).to(reward.dtype)
-    delta = (reward + gamma * going * next_value.masked_fill(terminated | ~counts, 0.0) - value).masked_fill(~counts, 0)
-    carries = (~(terminated | truncated) & counts).to(reward.dtype)
+    reward, value = reward.masked_fill(~counts, 0.0), value.masked_fill(~counts, 0.0)
+    next_value = next_value.masked_fill(terminated | ~counts, 0.0)
+    for name, tensor in {"reward": reward, "value": value, "next_value": next_value}.items():
+        if not bool(torch.isfinite(tensor).all()):
+            step, env = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise InvalidArgument(
+                f"gae: {name} must be finite, got {float(tensor[step, env])} at decision {step} of environment {env}"
+            )
+    delta = reward + gamma * next_value - value
+    carries = gamma * lam * (~(terminated | truncated) & counts).to(delta.dtype)
     advantage = torch.zeros_like(delta)
     carry = torch.zeros_like(delta[0])
     for step in range(len(reward) - 1, -1, -1):
-        carry = (delta[step] + gamma * lam * carries[step] * carry) * counts[step]
+        carry = delta[step] + carries[step] * carry
         advantage[step] = carry
     return Advantages(advantage, advantage + value)
 
@@ -123,18 +127,55 @@ def normalize_advantage(
     advantage: Tensor,  # [B]
     valid: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B]
-    """Zero mean, unit (population) variance over the valid decisions: a new tensor. On [B], so a decision counts once
-    however many steps it has."""
-    if advantage.dim() != 1:
-        raise InvalidArgument(
-            f"normalize_advantage: advantage must be [B], one a decision, got {list(advantage.shape)}"
-        )
+    """Zero mean, unit (population) variance over the valid decisions, 0 for the others: a new tensor.
+
+    On [B] and before anything is repeated, so that a decision counts once however many steps it has.
+    """
+    _check_decisions("normalize_advantage", advantage, valid)
     if valid is None:
         return (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-    count = valid.sum().clamp(min=1)
-    mean = (advantage * valid).sum() / count
-    variance = ((advantage - mean).square() * valid).sum() / count
-    return (advantage - mean) / (variance.sqrt() + 1e-8) * valid
+    mean = masked_mean(advantage, valid)
+    centred = (advantage - mean).masked_fill(~valid, 0.0)
+    return centred / (masked_mean(centred.square(), valid).sqrt() + 1e-8)
+
+
+def clamp_advantage(
+    advantage: Tensor,  # [B]
+    low: float = 0.0,
+    high: float = 1.0,
+    valid: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B]
+    """Advantages clamped to two of their quantiles over the valid decisions: a new tensor. 0 and 1 clamp none.
+
+    The quantile q is the smallest advantage that a share of at least q of the decisions does not exceed.
+
+    Raises :class:`InvalidArgument` unless 0 <= low < high <= 1.
+    """
+    _check_decisions("clamp_advantage", advantage, valid)
+    if not 0.0 <= low < high <= 1.0:
+        raise InvalidArgument(f"clamp_advantage: 0 <= low < high <= 1 expected, got low = {low}, high = {high}")
+    counts = torch.ones_like(advantage, dtype=torch.bool) if valid is None else valid
+    ordered = advantage.masked_fill(~counts, math.inf).sort().values
+
+    def quantile(share: float) -> Tensor:
+        place = (share * counts.sum() - 1e-6).ceil().long() - 1  # 1e-6: 0.07 * 100 is above 7 in floats
+        return ordered.gather(0, place.clamp(min=0)[None])
+
+    return torch.minimum(torch.maximum(advantage, quantile(low)), quantile(high))
+
+
+def _check_decisions(name: str, advantage: Tensor, valid: Tensor | None) -> None:
+    if advantage.dim() != 1:
+        raise InvalidArgument(f"{name}: advantage must be [B], one a decision, got {list(advantage.shape)}")
+    if valid is not None:
+        context = partial(describe, advantage=advantage)
+        check_shape(name, "valid", valid, list(advantage.shape), "[B]", context)
+        _check_bool(name, "valid", valid)
+
+
+def _check_bool(where: str, name: str, flag: Tensor) -> None:
+    if flag.dtype != torch.bool:
+        raise InvalidArgument(f"{where}: {name} must be boolean, got {flag.dtype}")
 
 
 def transitions_of(
@@ -152,51 +193,6 @@ def transitions_of(
         raise InvalidArgument(f"transitions_of: pick must be [B, K'] integers, B = {batch}, got {list(pick.shape)}")
     places = pick[:, :, None, None].expand(-1, -1, *chain.shape[2:])
     return Steps(chain.gather(1, places), chain.gather(1, places + 1), pick)
-
-
-def gaussian_log_prob(
-    x: Tensor,  # [B, K, T, A]
-    mean: Tensor,  # [B, K, T, A]
-    std: Tensor,  # broadcastable to x
-    *,
-    clamp: tuple[float, float] | None = None,
-    act_steps: ActSteps = None,
-    reduce: Literal["mean", "sum"] = "mean",
-) -> tuple[Tensor, Tensor]:  # [B, K], [B, K]
-    r"""Log-density of a diagonal Gaussian per sample, over the executed tokens, and the share of entries at the clamp.
-
-    :math:`-\tfrac12 ((x - \mu) / \sigma)^2 - \log \sigma - \tfrac12 \log 2 \pi`, clamped per entry, then the mean (DPPO:
-    ratios do not grow with the chunk) or the sum over tokens and action dimensions.
-    """
-    window = slice(None) if act_steps is None else slice(act_steps) if isinstance(act_steps, int) else slice(*act_steps)
-    std = std.expand_as(mean)
-    entries = -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2.0 * math.pi)
-    entries = entries[..., window, :]
-    clamped = torch.zeros_like(entries[..., 0, 0])
-    if clamp is not None:
-        low, high = clamp
-        clamped = ((entries < low) | (entries > high)).to(entries.dtype).detach().mean((-2, -1))
-        entries = entries.clamp(low, high)
-    return (entries.mean((-2, -1)) if reduce == "mean" else entries.sum((-2, -1))), clamped
-
-
-NoiseStd = Callable[[Any, Tensor], Tensor]
-"""(cache, index [B, K]) -> standard deviation, broadcastable to [B, K, T, A]: learned exploration noise (ReinFlow)."""
-
-
-def step_moments(
-    policy: Policy,
-    cache: Any,
-    x: Tensor,  # [B, K, T, A]
-    index: Tensor,  # [B, K] int64, in [0, D)
-    *,
-    transitions: Transitions,
-    noise_std: NoiseStd | None = None,
-) -> Moments:
-    """Run the network at ``x`` and the step's own time, and read the Gaussian of the step off its prediction."""
-    times = transitions.times(x.device)
-    moments = transitions.moments(x, policy.denoise(cache, x, times[index]), index)
-    return moments if noise_std is None else moments._replace(std=noise_std(cache, index))
 
 
 def score_chain(
@@ -271,15 +267,6 @@ def chain_logprob(
     ).log_prob  # fmt: skip
 
 
-def check_act_steps(where: str, act_steps: ActSteps, tokens: int) -> None:
-    """Raise :class:`InvalidArgument` unless the executed tokens lie among the T tokens."""
-    if act_steps is None:
-        return
-    start, stop = (0, act_steps) if isinstance(act_steps, int) else act_steps
-    if not 0 <= start < stop <= tokens:
-        raise InvalidArgument(f"{where}: act_steps must lie within the T = {tokens} action tokens, got {act_steps}")
-
-
 def ppo_loss(
     log_prob: Tensor,  # [B, K]
     old_log_prob: Tensor,  # [B, K]
@@ -299,18 +286,50 @@ def ppo_loss(
 
     Args:
         advantage: one a decision; it is broadcast over K, never replicated by the caller.
-        clip: epsilon, one number or one a step.
+        clip: epsilon, one number or (``joint="step"``) one a step.
         discount: gamma_bk, see :func:`denoising_discount`.
         weight: factors on steps, where K is a sample of a decision's steps.
-        valid: decisions that count; the mean is over those.
+        valid: decisions that count; the mean is over those, whatever the others hold (NaN included).
 
     Stats: ``ratio`` (mean), ``ratio_max``, ``clip_fraction``, ``approx_kl`` (mean of r - 1 - log r).
 
     Raises:
-        InvalidArgument: shapes; in particular an advantage that is not [B].
+        InvalidArgument: shapes; in particular an advantage that is not [B]. Constants that require gradients.
 
     Source: Schulman et al., arXiv 1707.06347.
     """
+    _check_ppo(log_prob, old_log_prob, advantage, clip, discount, joint, weight, valid)
+    difference = log_prob - old_log_prob
+    gain = advantage[:, None] if discount is None else advantage[:, None] * discount
+    if valid is not None:  # before exp, whose gradient would turn an overflow there into NaN
+        difference, gain = difference.masked_fill(~valid[:, None], 0.0), gain.masked_fill(~valid[:, None], 0.0)
+    if joint == "chain":
+        difference = difference.mean(1, keepdim=True)
+    ratio = difference.exp()
+    held = ratio.clamp(1.0 - clip, 1.0 + clip)  # type: ignore[arg-type]
+    surrogate = torch.maximum(-gain * ratio, -gain * held)
+    if weight is not None:
+        surrogate = surrogate * weight
+    with torch.no_grad():
+        stats = {
+            "ratio": masked_mean(ratio, valid),
+            "ratio_max": (ratio if valid is None else ratio.masked_fill(~valid[:, None], 0.0)).max(),
+            "clip_fraction": masked_mean(((ratio - 1.0).abs() > clip).to(ratio.dtype), valid),
+            "approx_kl": masked_mean(difference.expm1() - difference, valid),
+        }
+    return ObjectiveLoss(masked_mean(surrogate, valid), stats)
+
+
+def _check_ppo(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    clip: float | Tensor,
+    discount: Tensor | None,
+    joint: str,
+    weight: Tensor | None,
+    valid: Tensor | None,
+) -> None:
     if log_prob.dim() != 2:
         raise InvalidArgument(f"ppo_loss: log_prob must be [B, K], got {list(log_prob.shape)}")
     batch, k = log_prob.shape
@@ -323,29 +342,19 @@ def ppo_loss(
     for name, (tensor, shape, text) in expected.items():
         if tensor is not None:
             check_shape("ppo_loss", name, tensor, shape, text, context)
-    if isinstance(clip, Tensor) and clip.dim() > 0:
-        check_shape("ppo_loss", "clip", clip, [batch, k], "[B, K]", context)
-    if old_log_prob.requires_grad or advantage.requires_grad:
-        raise InvalidArgument("ppo_loss: old_log_prob and advantage are constants; detach them")
-    difference = log_prob - old_log_prob
-    gain = advantage[:, None] if discount is None else advantage[:, None] * discount
-    if joint == "chain":
-        if weight is not None or discount is not None:
-            raise InvalidArgument('ppo_loss: joint="chain" has one ratio a decision: no weight or discount a step')
-        difference = difference.mean(1, keepdim=True)
-        clip = clip[:, :1] if isinstance(clip, Tensor) and clip.dim() > 0 else clip
-    ratio = difference.exp()
-    surrogate = torch.maximum(-gain * ratio, -gain * ratio.clamp(1.0 - clip, 1.0 + clip))
-    if weight is not None:
-        surrogate = surrogate * weight
-    with torch.no_grad():
-        stats = {
-            "ratio": masked_mean(ratio, valid),
-            "ratio_max": ratio.max() if valid is None else (ratio * valid[:, None]).max(),
-            "clip_fraction": masked_mean(((ratio - 1.0).abs() > clip).to(ratio.dtype), valid),
-            "approx_kl": masked_mean(ratio - 1.0 - difference, valid),
-        }
-    return ObjectiveLoss(masked_mean(surrogate, valid), stats)
+            if tensor.requires_grad:
+                raise InvalidArgument(f"ppo_loss: {name} is a constant; detach it")
+    if valid is not None:
+        _check_bool("ppo_loss", "valid", valid)
+    per_step = isinstance(clip, Tensor) and clip.dim() > 0
+    if per_step:
+        check_shape("ppo_loss", "clip", clip, [batch, k], "[B, K]", context)  # type: ignore[arg-type]
+    if not isinstance(clip, Tensor) and not clip >= 0.0:
+        raise InvalidArgument(f"ppo_loss: clip must be at least 0, got {clip}")
+    if joint not in ("step", "chain"):
+        raise InvalidArgument(f"ppo_loss: joint must be 'step' or 'chain', got {joint!r}")
+    if joint == "chain" and (per_step or weight is not None or discount is not None):
+        raise InvalidArgument('ppo_loss: joint="chain" has one ratio a decision: no clip, weight or discount a step')
 
 
 def masked_mean(
@@ -366,12 +375,15 @@ def denoising_clip(
     clip: float,
     base: float,
     rate: float,
-) -> Tensor:  # [B, K] float32
-    r"""DPPO's clip range, small for noisy steps: :math:`base + (clip - base) (e^{rate\,k/(K-1)} - 1) / (e^{rate} - 1)`;
-    ``clip`` for a single step."""
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # [B, K]
+    r"""DPPO's clip range, small for noisy steps: :math:`base + (clip - base) (e^{rate\,k/(K-1)} - 1) / (e^{rate} - 1)`.
+
+    A single step (K = 1) has no k / (K - 1); its range is ``clip``.
+    """
     if steps == 1:
-        return torch.full(position.shape, clip, device=position.device)
-    share = position.float() / (steps - 1)
+        return torch.full(position.shape, clip, device=position.device, dtype=dtype)
+    share = position.to(dtype) / (steps - 1)
     rise = share if rate == 0.0 else torch.expm1(rate * share) / math.expm1(rate)
     return base + (clip - base) * rise
 
@@ -380,9 +392,10 @@ def denoising_discount(
     position: Tensor,  # [B, K] int64, in [0, steps)
     steps: int,
     gamma: float,
-) -> Tensor:  # [B, K] float32
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # [B, K]
     """DPPO's discount of a decision's advantage at its earlier denoising steps: gamma ** (K - 1 - k)."""
-    return gamma ** (steps - 1 - position).float()
+    return gamma ** (steps - 1 - position).to(dtype)
 
 
 def value_loss(
@@ -394,10 +407,11 @@ def value_loss(
     valid: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # []
     r""":math:`\tfrac12 \mathrm{mean}_b (V_b - R_b)^2`; with ``clip`` the larger of this and that of V kept within
-    ``old_value +- clip``. One a decision, never one a denoising step.
+    ``old_value +- clip``. One a decision, never one a denoising step. Rows that are not valid do not count, whatever
+    they hold (NaN included).
 
     Raises:
-        InvalidArgument: a shape other than [B], or ``clip`` without ``old_value``.
+        InvalidArgument: a shape other than [B], returns that require gradients, ``clip`` <= 0 or without ``old_value``.
     """
     if value.dim() != 1:
         raise InvalidArgument(f"value_loss: value must be [B], one a decision, got {list(value.shape)}")
@@ -405,10 +419,18 @@ def value_loss(
     for name, tensor in (("returns", returns), ("old_value", old_value), ("valid", valid)):
         if tensor is not None:
             check_shape("value_loss", name, tensor, list(value.shape), "[B]", context)
+            if tensor.requires_grad:
+                raise InvalidArgument(f"value_loss: {name} is a constant; detach it")
+    if clip is not None and (old_value is None or not clip > 0.0):
+        raise InvalidArgument(
+            f"value_loss: clip must be above 0 and needs old_value, the value at collection, got {clip}"
+        )
+    if valid is not None:
+        _check_bool("value_loss", "valid", valid)
+        value, returns = value.masked_fill(~valid, 0.0), returns.masked_fill(~valid, 0.0)
+        old_value = None if old_value is None else old_value.masked_fill(~valid, 0.0)
     error = (value - returns).square()
-    if clip is not None:
-        if old_value is None:
-            raise InvalidArgument("value_loss: clip needs old_value, the value at collection")
+    if clip is not None and old_value is not None:
         held = old_value + (value - old_value).clamp(-clip, clip)
         error = torch.maximum(error, (held - returns).square())
     return 0.5 * masked_mean(error, valid)

@@ -81,6 +81,8 @@ class TrainResult:
     """Optimiser steps."""
     seconds: float
     """Training time, without evaluations and checkpoints."""
+    cpu_seconds: float
+    """Processor time of this process and its threads in that; of one process, whatever the device."""
     wall: float
     """All time."""
     loss: float
@@ -159,7 +161,7 @@ class _Trainer:
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.order = DataOrder(len(windows), config.seed * 1_000_003 + self.rank)
         self.store = checkpoint.CheckpointStore(self.run_folder, config.keep)
-        self.step, self.seconds, self.earlier_wall = 0, 0.0, 0.0
+        self.step, self.seconds, self.cpu_seconds, self.earlier_wall = 0, 0.0, 0.0, 0.0
         self.best: float | None = None
         self.saved: Path | None = None
         self.saved_step = -1
@@ -183,11 +185,12 @@ class _Trainer:
         checkpoints = Due(config.interval("checkpoint_every"), self.step, self.seconds)
         try:
             while not self._finished():
-                begun = time.perf_counter()
+                begun, cpu_begun = time.perf_counter(), time.process_time()
                 self._train_step()
                 if self.step % config.log_every == 0:
                     self._flush()
                 self.seconds += time.perf_counter() - begun
+                self.cpu_seconds += time.process_time() - cpu_begun
                 if self._agree(evaluations.due(self.step, self.seconds)):
                     self._score(signals)
                 if self._agree(checkpoints.due(self.step, self.seconds)):
@@ -207,7 +210,9 @@ class _Trainer:
             assert self.saved is not None
             raise Interrupted(signals.received or signal.SIGINT, self.saved) from None
         assert self.saved is not None
-        return TrainResult(self.run_folder, self.saved, self.step, self.seconds, self._wall(), self.loss, self.best)
+        return TrainResult(
+            self.run_folder, self.saved, self.step, self.seconds, self.cpu_seconds, self._wall(), self.loss, self.best
+        )
 
     def _finished(self) -> bool:
         if self.config.max_steps is not None and self.step >= self.config.max_steps:
@@ -343,6 +348,7 @@ class _Trainer:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "wall": self._wall(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
@@ -388,6 +394,7 @@ class _Trainer:
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds = state["step"], state["seconds"]
+            self.cpu_seconds = state.get("cpu_seconds", 0.0)  # not counted by earlier versions
             self.earlier_wall, self.best = state["wall"], state["best"]
             set_random_state(state["randoms"][self.rank])
         except (KeyError, TypeError, ValueError) as error:
@@ -404,7 +411,9 @@ class _Trainer:
         return self.earlier_wall + time.perf_counter() - self.began
 
     def _time(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds, "wall": self._wall()}
+        return {
+            "step": self.step, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "wall": self._wall(),
+        }  # fmt: skip
 
     def _agree(self, decision: bool) -> bool:
         """The main process's decision, as clocks differ from process to process."""

@@ -12,9 +12,9 @@ from minidiff_fast.errors import RunFolderError, require
 from minidiff_fast.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
-"""Rows of kind ``train``: step, seconds (training time so far), wall (with evaluations and checkpoints),
-loss (mean since the row before), lr, grad_norm, conditions_per_second, samples_per_second.
-Rows of kind ``eval``: step, seconds, wall, score, score_interval, success_rate, episodes, eval_seconds."""
+"""Rows of kind ``train``: step, seconds (training time so far), cpu_seconds (processor time in that), wall (with
+evaluations and checkpoints), loss (mean since the row before), lr, grad_norm, conditions_per_second, samples_per_second.
+Rows of kind ``eval``: step, seconds, cpu_seconds, wall, score, score_interval, success_rate, episodes, eval_seconds."""
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ class RunLog:
         )
 
     def train(self, time: Mapping[str, float], **values: float | None) -> None:
-        """A row of kind ``train``; ``time`` holds step, seconds, wall."""
+        """A row of kind ``train``; ``time`` holds step, seconds, cpu_seconds, wall."""
         self._write("train", time, values)
         done = time["step"] if self._by_step else round(time["seconds"])
         self._bar.set_postfix_str(

@@ -13,7 +13,8 @@ from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.finetuning.buffer import ObsEntry, RolloutBuffer
 from minidiff_fast.finetuning.counters import CountedCritic, CountedPolicy, Counters
 from minidiff_fast.finetuning.critic import OwnCritic, SharedCritic, ValueHead, feature_width
-from minidiff_fast.finetuning.learner import Learner, StaleRecord, UpdateConfig, flat_losses, level2_losses
+from minidiff_fast.finetuning.flat import flat_losses
+from minidiff_fast.finetuning.learner import Learner, StaleRecord, UpdateConfig, level2_losses
 from minidiff_fast.models import DiffusionMLP, LowDimEncoder
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
 from minidiff_fast.objectives.dppo import DPPO, DPPOConfig

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CORE = ["ops", "nn", "models", "objectives", "level2", "sampling", "policy", "native", "backend"]
+CORE = ["ops", "nn", "models", "objectives", "level2", "sampling", "transitions", "policy", "native", "backend"]
 OPTIONAL = (
     "triton diffusers accelerate tyro tqdm rich safetensors tensorboard matplotlib gymnasium gym_pusht "
     "pymunk pygame zarr imageio imageio_ffmpeg PIL pyarrow transformers flash_attn"

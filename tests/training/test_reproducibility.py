@@ -213,6 +213,14 @@ def test_demo_episodes_on_resume(data: str, tmp_path: Path) -> None:
         train_pusht(options(data, run, max_steps=6, resume=True, demo_episodes=2))
 
 
+def test_processor_time_is_counted_across_a_resume(data: str, tmp_path: Path) -> None:
+    train_pusht(options(data, tmp_path / "run", max_steps=3))
+    result = train_pusht(options(data, tmp_path / "run", max_steps=6, resume=True))
+    spent = [row["cpu_seconds"] for row in read_metrics(tmp_path / "run")]
+    assert len(spent) == 6 and spent == sorted(set(spent))
+    assert result.cpu_seconds > spent[-1] > spent[2] > 0.0
+
+
 def test_the_data_order_visits_everything_once_a_pass_and_goes_on_from_its_state() -> None:
     order = DataOrder(10, seed=3)
     taken = torch.cat([order.take(4) for _ in range(5)])

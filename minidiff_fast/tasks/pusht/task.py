@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,8 +13,8 @@ from minidiff_fast.tasks.pusht.data import ObservationKind
 from minidiff_fast.tasks.pusht.env import PushTEnv, keypoints_from_state
 from minidiff_fast.tasks.pusht.variants import Variant, find_variant
 
-Snapshot = tuple[float, float, float, float, float]
-"""Agent x, y, block x, y (pixels) and block angle (radians, not wrapped)."""
+Snapshot = tuple[tuple[float, float, float, float, float], NDArray[np.uint8] | None]
+"""Agent x, y, block x, y (pixels) and block angle (radians, not wrapped); the image, where one is observed."""
 
 _TURN = 2 * np.pi
 
@@ -54,7 +54,7 @@ class PushTTask(PushTEnv):
         self.step_cost = self.variant.step_cost
         self.observation_space = _observation_space(obs)
         self._steps = 0
-        self._scene: PushTEnv | None = None
+        self._with_image = obs == "image"
 
     def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -82,32 +82,45 @@ class PushTTask(PushTEnv):
         action: ArrayLike,  # [2]
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """As the stock step, with named observations and ``truncated`` at the variant's limit."""
-        _, reward, terminated, truncated, info = self._count(super().step(action))
-        return self._single(), reward, terminated, truncated, info
+        _, reward, terminated, _, info = super().step(action)
+        self._steps += 1
+        truncated = not terminated and self._steps >= self.variant.max_steps
+        return self._single(), reward - self.step_cost, terminated, truncated, info
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the variant truncates the episode."""
+        return self.variant.max_steps - self._steps
 
     def snapshot(self) -> Snapshot:
-        """What an observation is made from: the poses now, without a NumPy array or an image."""
+        """What the observation of this moment is made from."""
         ax, ay = self.agent.position
         bx, by = self.block.position
-        return (ax, ay, bx, by, self.block.angle)
+        return (ax, ay, bx, by, self.block.angle), self.render_rgb(96) if self._with_image else None
 
     def step_snapshot(
         self,
         action: Sequence[float],  # [2] finite
-    ) -> tuple[Snapshot, float, bool, bool, dict[str, Any]]:
-        """``step`` without its observation and checks, for ``minidiff_fast.finetuning.chunk.ActionChunk``."""
+        look: bool,
+    ) -> tuple[Snapshot | None, float, bool, bool, dict[str, Any]]:
+        """``step`` without its checks and with a snapshot, for ``minidiff_fast.finetuning.chunk.ActionChunk``.
+
+        Without ``look`` an image is rendered only where the episode ends.
+        """
         x, y = action
         self._last_action = action  # type: ignore[assignment]
         self.advance(x, y)
         coverage = self.coverage()
         solved = coverage > self.success_threshold
-        reward = min(coverage / self.success_threshold, 1.0)
-        done = (self.snapshot(), reward, solved, False, {"coverage": coverage, "is_success": solved})
-        return cast(tuple[Snapshot, float, bool, bool, dict[str, Any]], self._count(done))
+        reward = min(coverage / self.success_threshold, 1.0) - self.step_cost
+        self._steps += 1
+        truncated = not solved and self._steps >= self.variant.max_steps
+        seen = self.snapshot() if look or solved or truncated or not self._with_image else None
+        return seen, reward, solved, truncated, {"coverage": coverage, "is_success": solved}
 
     def observe(self, snapshots: Sequence[Snapshot]) -> dict[str, np.ndarray]:
         """The observations at these snapshots, {name: [n, ...]}."""
-        state = np.array(snapshots, dtype=np.float64)
+        state = np.array([pose for pose, _ in snapshots], dtype=np.float64)
         state[:, 4] %= _TURN
         state = state.astype(np.float32)
         if self.obs == "state":
@@ -115,32 +128,11 @@ class PushTTask(PushTEnv):
         if self.obs == "keypoints":
             points = keypoints_from_state(state).reshape(len(state), 18)
             return {"keypoints": np.concatenate([points, state[:, :2]], axis=1)}
-        images: list[NDArray[np.uint8]] = []
-        for index, pose in enumerate(snapshots):
-            images.append(images[-1] if index and pose is snapshots[index - 1] else self._image(pose))
+        images = [image for _, image in snapshots if image is not None]
         return {"image": np.stack(images), "agent_pos": state[:, :2].copy()}
 
     def _single(self) -> dict[str, np.ndarray]:
         return {name: value[0] for name, value in self.observe([self.snapshot()]).items()}
-
-    def _count(self, result: tuple[Any, float, bool, bool, dict[str, Any]]) -> tuple[Any, float, bool, bool, dict]:
-        self._steps += 1
-        observation, reward, terminated, _, info = result
-        truncated = not terminated and self._steps >= self.variant.max_steps
-        return observation, reward - self.step_cost, terminated, truncated, info
-
-    def _image(self, pose: Snapshot) -> NDArray[np.uint8]:
-        """The observation image at a pose, drawn in a second world that only stands still."""
-        if self._scene is None:
-            self._scene = PushTEnv(render_mode=None)
-            self._scene._setup()
-        scene = self._scene
-        scene.agent.position = pose[:2]
-        scene.block.angle = pose[4]  # before the position: turning moves the origin
-        scene.block.position = pose[2:4]
-        scene.space.reindex_shapes_for_body(scene.agent)
-        scene.space.reindex_shapes_for_body(scene.block)
-        return scene.render_rgb(96)
 
 
 def _observation_space(obs: ObservationKind) -> Any:

@@ -38,7 +38,7 @@ class Variant:
         for name, bounds, most in (("offset", self.offset, 120.0), ("turn", self.turn, math.pi)):
             if bounds is not None and not 0.0 <= bounds[0] <= bounds[1] <= most:
                 raise InvalidArgument(
-                    f"Variant: {name} must be (low, high), 0 <= low <= high <= {most:g}, got {bounds}"
+                    f"Variant: {name} must be (low, high) in [0, {most:g}], low <= high, got {bounds}"
                 )
         if self.offset is None and self.turn != (0.0, 0.0):
             raise InvalidArgument(f"Variant: turn = {self.turn} needs offset, which is None: the stock starts")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.resources
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +53,55 @@ def test_states_and_rewards_are_those_of_the_stock_environment(seed: int) -> Non
         assert not np.array_equal(expected[2:], moved), "the actions never touched the block"
 
 
+@pytest.mark.parametrize("first", range(1000, 1060, 10))
+def test_sixty_short_rollouts_of_the_stock_environment(first: int) -> None:
+    ours, stock = make_env(), StockPushTEnv(obs_type="state")
+    for seed in range(first, first + 10):
+        state, _ = ours.reset(seed=seed)
+        expected, _ = stock.reset(seed=seed)
+        assert np.array_equal(state, expected)
+        for action in _actions(seed, expected, 30):
+            state, reward, terminated, *_ = ours.step(action)
+            expected, stock_reward, stock_terminated, *_ = stock.step(action)
+            assert np.array_equal(state, expected)
+            assert abs(reward - stock_reward) <= 1e-9 and terminated == stock_terminated
+
+
+def test_solved_episodes_end_where_the_stock_environment_ends_them() -> None:
+    resource = importlib.resources.files("minidiff_fast.tasks.pusht") / "demonstrations.npz"
+    with importlib.resources.as_file(resource) as path, np.load(path) as archive:
+        ends, seeds, actions = archive["episode_ends"], archive["seed"], archive["action"]
+    shortest = np.argsort(np.diff(ends[:500], prepend=0))[:4]  # the first 500 start where reset does
+    ours, stock = make_env(), StockPushTEnv(obs_type="state")
+    for index in shortest:
+        ours.reset(seed=int(seeds[index]))
+        stock.reset(seed=int(seeds[index]))
+        for row in range(ends[index - 1] if index else 0, ends[index]):
+            state, reward, terminated, *_ = ours.step(actions[row])
+            expected, stock_reward, stock_terminated, *_ = stock.step(actions[row])
+            assert np.array_equal(state, expected) and abs(reward - stock_reward) <= 1e-9
+            assert terminated == stock_terminated == (row == ends[index] - 1)
+
+
+def test_at_least_four_times_as_fast_as_the_stock_environment() -> None:
+    ours, stock = make_env(), StockPushTEnv(obs_type="state")
+    ratios = []
+    for seed in range(7):  # alternating, in processor time: what else runs does not matter
+        seconds: list[float] = []
+        for env, repeats in ((stock, 1), (ours, 4)):
+            used = 0.0
+            for _ in range(repeats):
+                state, _ = env.reset(seed=2 * seed + 1)
+                actions = list(_actions(2 * seed + 1, state, 30))
+                begin = time.process_time()
+                for action in actions:
+                    env.step(action)
+                used += time.process_time() - begin
+            seconds.append(used / repeats)
+        ratios.append(seconds[0] / seconds[1])
+    assert np.median(ratios) >= 4.0, ratios
+
+
 def test_reset_continues_the_generator_like_the_stock_environment() -> None:
     ours, stock = make_env(), StockPushTEnv(obs_type="state")
     assert np.array_equal(ours.reset(seed=3)[0], stock.reset(seed=3)[0])
@@ -69,7 +120,8 @@ def test_frames_are_those_of_the_stock_environment() -> None:
     assert frame.shape == (96, 96, 3) and frame.dtype == np.uint8
     assert np.array_equal(frame, stock._render(visualize=False))
     assert np.array_equal(ours.render(), stock.render())
-    assert ours.render_rgb(384).shape == (384, 384, 3)
+    for size in (1, 17, 64, 192, 384, 700):
+        assert np.array_equal(ours.render_rgb(size), stock._get_img(stock._draw(), width=size, height=size))
     with pytest.raises(InvalidArgument, match="size must be >= 1, got 0"):
         ours.render_rgb(0)
 
@@ -88,6 +140,14 @@ def test_coverage_of_random_poses_is_that_of_shapely() -> None:
         assert seen[-1] == pytest.approx(stock._get_coverage(), abs=1e-9)
     assert min(seen) == 0.0 and max(seen) > 0.3
     assert coverage_of_pose(256.0, 256.0, math.pi / 4) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_coverage_follows_the_pose() -> None:
+    env = make_env()
+    for pose in ((256.0, 256.0, 0.7), (256.0, 256.0, 1.0), (256.0, 250.0, 1.0), (250.0, 250.0, 1.0)):
+        env.set_state((60.0, 60.0, *pose))
+        for _ in range(2):
+            assert env.coverage() == pytest.approx(coverage_of_pose(*pose), abs=1e-9)
 
 
 def test_set_state_restores_a_recorded_state() -> None:
