@@ -47,9 +47,10 @@ class FPOConfig:
     """Ratios of single pairs have their logarithm clamped to +-this; that of a mean is not clamped."""
     times: Literal["sampler", "process"] = "sampler"
     """Draw the pairs' times from those that the sampler visits, or as the process draws them in training."""
-    flow_error: Literal["noise", "velocity"] = "noise"
-    """Of a flow's prediction: the error of the noise that it implies (that of the velocity times the squared distance
-    in time from the noise), or of the velocity itself. A diffusion process is scored in what it predicts."""
+    flow_error: Literal["noise", "velocity"] = "velocity"
+    """Of a flow's prediction: the error of the velocity, or of the noise that it implies (the velocity's times the
+    distance in time from the noise). The latter, which the source's MuJoCo Playground runs use, ignores the sampler's
+    first step, whose time is that of the noise. A diffusion process is scored in what it predicts."""
     min_sampling_std: float = 0.0
     """Lower bound of the standard deviation that the sampler's steps draw; 0 leaves the sampler as it is."""
     noise_clip: float | None = None

@@ -309,11 +309,10 @@ class ReinFlow:
         x: Tensor,  # [B, 1, T, A]
     ) -> Tensor:  # [B, 1, T, A]
         """The plain flow's actions, clamped as they are executed."""
-        transitions = self.transitions.deterministic()
-        times = transitions.times(x.device)
+        times = self.transitions.times(x.device)
         for step in range(self.steps):
             index = torch.full(x.shape[:2], step, dtype=torch.int64, device=x.device)
-            x = transitions.moments(x, policy.denoise(cache, x, times[index]), index).mean
+            x = self.transitions.moments(x, policy.denoise(cache, x, times[index]), index).mean
         return x.clamp(-1.0, 1.0)
 
     @property

@@ -97,9 +97,10 @@ CASES = {
     "sample": (diffusion("sample"), {"average_before_exp": False}, (1, 3)),
     "v": (diffusion("v_prediction"), {}, (0, 2)),
     "flow": (flow(), {}, (1, 3)),
+    "flow-noise": (flow(), {"flow_error": "noise"}, (1, 3)),
     "flow-single-ratios": (flow(), {"average_before_exp": False, "times": "process"}, None),
-    "flow-noise-at-0": (flow(0), {}, None),
-    "flow-velocity": (flow(0), {"flow_error": "velocity"}, (1, 4)),
+    "flow-from-0": (flow(0), {}, (1, 4)),
+    "flow-noise-from-0": (flow(0), {"flow_error": "noise"}, None),
 }
 
 
@@ -215,7 +216,8 @@ def test_actions_are_those_of_the_plain_euler_flow(make_policy, make_obs):
     torch.testing.assert_close(decision.record["fpo_actions"], x[:, 0])
 
 
-def test_both_time_conventions_are_one_objective(make_policy, make_obs):
+@pytest.mark.parametrize("flow_error", ["noise", "velocity"])
+def test_both_time_conventions_are_one_objective(flow_error, make_policy, make_obs):
     """A velocity field seen from the other end of time gives the same losses and ratios."""
     policy, obs = make_policy(T, A), make_obs(B)
 
@@ -223,7 +225,7 @@ def test_both_time_conventions_are_one_objective(make_policy, make_obs):
         def denoise(self, cache, x, t):
             return -policy.denoise(cache, x, 12.0 - t)
 
-    one, zero = make(*flow(1)), make(*flow(0))
+    one, zero = make(*flow(1), flow_error=flow_error), make(*flow(0), flow_error=flow_error)
     batch = one.minibatch(collected(one, policy, obs).record)
     batch["old_loss"] = batch["old_loss"] + 0.1
     mirrored = {**batch, "times": 1.0 - batch["times"]}
