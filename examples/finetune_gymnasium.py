@@ -1,4 +1,4 @@
-"""MuJoCo's pole on a cart: clone a clumsy controller, then DPPO. Needs gymnasium[mujoco]. python finetune_gymnasium.py"""
+"""MuJoCo's cart pole: clone a clumsy controller, then DPPO (needs gymnasium[mujoco]). python finetune_gymnasium.py"""
 
 import gymnasium
 import numpy as np
@@ -26,8 +26,7 @@ envs = make_vector([lambda: ActionChunk(gymnasium.make("InvertedPendulum-v5", ma
 
 
 def episodes(act):  # -> what was seen [R, 1, 4] and done [R, T, 1], mean return
-    seen, done, total, going = [], [], 0.0, np.ones(N, bool)
-    obs = envs.reset(seed=0)[0]["observation"]
+    seen, done, total, going, obs = [], [], 0.0, np.ones(N, bool), envs.reset(seed=0)[0]["observation"]
     while going.any():
         chunks = act(obs)
         seen, done = [*seen, obs[going]], [*done, chunks[going]]
@@ -53,8 +52,7 @@ for rows in torch.randint(len(seen), (500, 64)):
     optimizer.step()
     optimizer.zero_grad()
 cloned = episodes(noiseless)[2]
-update = UpdateConfig(epochs=E, batch_size=N * S // 2, actor_lr=3e-4)
-config = LoopConfig(max_iterations=ROUNDS, chunk_steps=S, gamma=0.99, critic_warmup=1, update=update)
+config = LoopConfig(max_iterations=ROUNDS, chunk_steps=S, gamma=0.99, update=UpdateConfig(E, N * S // 2, actor_lr=3e-4))
 dppo, critic = DPPO(steps, (T, 1), DPPOConfig(clip=0.1, clip_base=0.01)), SharedCritic(ValueHead(4, 64))
 total = finetune(policy, critic, dppo, envs, config).total
 print(f"mean return {cloned:.1f} cloned, {episodes(noiseless)[2]:.1f} after {total.env_steps} steps of DPPO")
