@@ -21,22 +21,27 @@ import argparse
 import copy
 import gc
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from memory import peak_bytes, saved_bytes
+from rl_tables import tables
 from run import BadInput, device_name, environment, save, seconds_of
 from timing import Clock
 from torch import Tensor, nn
 
+from minidiff_fast.finetuning.critic import SharedCritic, ValueHead
+from minidiff_fast.finetuning.flat import flat_losses
+from minidiff_fast.finetuning.learner import level2_losses
 from minidiff_fast.nn.normalizer import MinMaxNormalizer
 from minidiff_fast.objectives.dppo import DPPO
-from minidiff_fast.objectives.policy_gradient import normalize_advantage, value_loss
+from minidiff_fast.objectives.policy_gradient import normalize_advantage
 from minidiff_fast.policy import DiffusionPolicy
 from minidiff_fast.tasks.pusht.policy import LOW_DIM_ENTRIES, PolicyConfig, build_policy, build_scheduler
 from minidiff_fast.transitions import DDIMTransitions
@@ -44,7 +49,8 @@ from minidiff_fast.transitions import DDIMTransitions
 NAME = "rl-update"
 FILE = "rl_update.json"
 TOLERANCE = 1e-5
-"""Of the loss, and of every gradient relative to the largest entry of any: float32 sums in another order."""
+"""Of the loss, and of every gradient relative to the largest entry of its network: float32 sums in another order."""
+VALUE_WEIGHT = 0.5
 STORED = 4
 """Minibatches that the stored decisions would make."""
 PIXELS = 512.0
@@ -72,26 +78,6 @@ CASES = {
         Case("state-mlp", PolicyConfig(obs="keypoints", denoiser="mlp"), 64, 500, 15),
     )
 }
-WHAT = {
-    "image-mlp": "two 96x96 images a decision, ResNet-18 with group norm; MLP denoiser",
-    "image-unet": "two 96x96 images a decision, ResNet-18 with group norm; U-Net denoiser (64, 128, 256 channels)",
-    "state-mlp": "keypoints, residual MLP encoder; MLP denoiser",
-}
-
-
-class Critic(nn.Module):
-    """A value head on the actor's features, which it does not train."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 1))
-
-    def forward(
-        self,
-        features: Tensor,  # [B, To, Dc]
-    ) -> Tensor:  # [B]
-        value: Tensor = self.net(features.detach().flatten(1))[:, 0]
-        return value
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ class Update:
     policy: DiffusionPolicy
     base: DiffusionPolicy
     """Frozen; only the peer runs it."""
-    critic: Critic
+    critic: SharedCritic
     algorithm: DPPO
     optimizer: torch.optim.Optimizer
     obs: dict[str, Tensor]
@@ -155,8 +141,8 @@ def prepare(case: Case, k: int, device: torch.device) -> Update:
         features = policy.features(obs)
         record = algorithm.act(policy, policy.condition(features)).record
         for parameter in policy.parameters():
-            parameter.mul_(1.0 + 0.02 * torch.randn_like(parameter))
-    critic = Critic(features.shape[1] * features.shape[2]).to(device)
+            parameter.mul_(1.0 + 0.1 * torch.randn_like(parameter))
+    critic = SharedCritic(ValueHead(features.shape[1] * features.shape[2])).to(device)
     optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], lr=0.0, fused=True)
     rows = STORED * batch
     return Update(
@@ -168,50 +154,44 @@ def prepare(case: Case, k: int, device: torch.device) -> Update:
 # ----------------------------------------------------------------------------------------------------- sides
 
 
-def total(update: Update, features: Tensor, batch: dict[str, Tensor], decisions: Tensor) -> Tensor:
-    """Surrogate plus half the value loss; ``decisions`` is which one a row of ``features`` and ``batch`` is of."""
-    advantage = normalize_advantage(update.advantage[decisions])
-    cache = update.policy.condition(features)
-    surrogate = update.algorithm.loss(update.policy, cache, batch, advantage).loss
-    return surrogate + 0.5 * value_loss(update.critic(features), update.returns[decisions])
+class Minibatch(NamedTuple):
+    """Of B decisions."""
+
+    obs: dict[str, Tensor]
+    batch: dict[str, Tensor]
+    """[B, K, ...] each."""
+    rest: tuple[Tensor, Tensor, Tensor]
+    """Advantages, returns, values at collection: [B] each."""
+
+
+def minibatch(update: Update) -> Minibatch:
+    """Gathered from the store."""
+    rows = update.decisions
+    returns = update.returns[rows]
+    return Minibatch(
+        {name: value[rows] for name, value in update.obs.items()},
+        update.algorithm.minibatch({name: value[rows] for name, value in update.record.items()}),
+        (normalize_advantage(update.advantage[rows]), returns, returns),
+    )
 
 
 def level2(update: Update) -> Tensor:
-    """B rows of observations, [B, K] steps."""
-    rows = update.decisions
-    features = update.policy.features({name: value[rows] for name, value in update.obs.items()})
-    batch = update.algorithm.minibatch({name: value[rows] for name, value in update.record.items()})
-    return total(update, features, batch, rows)
+    """B rows of observations and values, [B, K] steps."""
+    obs, batch, rest = minibatch(update)
+    actor, value = level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
+    return actor.loss + VALUE_WEIGHT * value
 
 
-def pairs(update: Update) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """The minibatch as B * K rows, gathered from the store as such: observations, steps [B * K, 1, ...], decisions."""
-    k = update.algorithm.steps
-    rows = update.decisions.repeat_interleave(k)
-    step = torch.arange(k, device=rows.device).repeat(len(update.decisions))
-    chain, old = update.record["chain"], update.record["log_prob"]
-    batch = {
-        "x": chain[rows, step][:, None],
-        "x_next": chain[rows, step + 1][:, None],
-        "position": step[:, None],
-        "old_log_prob": old[rows, step][:, None],
-    }
-    return {name: value[rows] for name, value in update.obs.items()}, batch, rows
-
-
-def flat(update: Update) -> Tensor:
+def flat(update: Update, shadow: DiffusionPolicy | None = None) -> Tensor:
     """B * K rows of everything."""
-    obs, batch, rows = pairs(update)
-    return total(update, update.policy.features(obs), batch, rows)
+    obs, batch, rest = minibatch(update)
+    actor, value = flat_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest, shadow=shadow)
+    return actor.loss + VALUE_WEIGHT * value
 
 
 def peer(update: Update) -> Tensor:
     """Flat, and the frozen base on all rows, whose predictions nothing keeps."""
-    obs, batch, rows = pairs(update)
-    times = update.algorithm.transitions.times(rows.device)
-    with torch.no_grad():
-        update.base.denoise(update.base.encode(obs), batch["x"], times[batch["position"]])
-    return total(update, update.policy.features(obs), batch, rows)
+    return flat(update, update.base)
 
 
 Side = Callable[[Update], Tensor]
@@ -234,13 +214,11 @@ def verify(update: Update) -> dict[str, float]:
         cleared(update)
         loss = side(update)
         loss.backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in update.parameters]
-        parts = [loss.detach().reshape(1), *grads]
+        networks = (update.policy, update.critic)
+        parts = [loss.detach()]
+        parts += [torch.cat([p.grad.flatten() for p in n.parameters() if p.grad is not None]) for n in networks]
         wanted = wanted or parts
-        largest = max(float(gradient.abs().max()) for gradient in wanted[1:])
-        errors = [abs(float(parts[0] - wanted[0])) / abs(float(wanted[0]))]
-        errors += [float((a - b).abs().max()) / largest for a, b in zip(parts[1:], wanted[1:], strict=True)]
-        found[name] = max(errors)
+        found[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(parts, wanted, strict=True))
         if not found[name] <= TOLERANCE:
             raise SystemExit(f"bench/rl_update.py: {name} differs from flat by {found[name]:.1e}: nothing is timed")
     cleared(update)
@@ -278,41 +256,9 @@ def counts(update: Update, side: Side) -> dict[str, int]:
     return seen
 
 
-def saved_bytes(update: Update, side: Side) -> int:
-    """What autograd keeps between forward and backward, weights and the store excluded; storages counted once."""
-    own = {t.untyped_storage().data_ptr() for t in (*update.parameters, *update.obs.values(), *update.record.values())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = side(update)
-    size = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-    del loss
-    return size
-
-
-def peak_bytes(update: Update, side: Side, device: torch.device) -> int:
-    """The most that forward and backward add to what was allocated before, gradients included: CUDA's counter, or on a
-    CPU the running sum of the profiler's allocations."""
+def backward(update: Update, side: Side) -> None:
+    side(update).backward()
     cleared(update)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        side(update).backward()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        side(update).backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def step(update: Update, side: Side) -> None:
@@ -327,16 +273,15 @@ def measure(case: Case, k: int, device: torch.device, repeats: int | None, secon
     started = time.perf_counter()
     update = prepare(case, k, device)
     errors = verify(update)
-    rows = update.decisions
     with torch.no_grad():
-        batch = update.algorithm.minibatch({name: value[rows] for name, value in update.record.items()})
-        cache = update.policy.encode({name: value[rows] for name, value in update.obs.items()})
-        stats = update.algorithm.loss(update.policy, cache, batch, normalize_advantage(update.advantage[rows])).stats
+        obs, batch, rest = minibatch(update)
+        actor, _ = level2_losses(update.policy, update.critic, update.algorithm, obs, batch, *rest)
+    own = (*update.parameters, *update.obs.values(), *update.record.values())
     sides = {
         name: {
             **counts(update, side),
-            "saved_bytes": saved_bytes(update, side),
-            "peak_bytes": peak_bytes(update, side, device),
+            "saved_bytes": saved_bytes(partial(side, update), own),
+            "peak_bytes": peak_bytes(partial(backward, update, side), device),
         }
         for name, side in SIDES.items()
     }
@@ -351,46 +296,11 @@ def measure(case: Case, k: int, device: torch.device, repeats: int | None, secon
             if round_ >= 0:
                 times[name].append(taken)
     return {
-        "case": asdict(case), "B": len(rows), "K": k, "errors": errors, "clip_fraction": float(stats["clip_fraction"]),
+        "case": asdict(case), "B": len(update.decisions), "K": k, "errors": errors,
+        "clip_fraction": float(actor.stats["clip_fraction"]),
         "sides": {name: {**sides[name], "times_ms": times[name]} for name in names},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------ tables
-
-
-def render(name: str, cells: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of one policy: a row per K and side."""
-    first = next(iter(cells.values()))
-    lines = [
-        f"\n**{name}**: {WHAT.get(name, '')}; B = {first['B']} decisions",
-        "| K | side | update ms | min to max | / flat | encoded | rows | saved MB | peak MB | max rel. diff. |",
-        "|" + "---|" * 10,
-    ]
-    for cell in cells.values():
-        base = statistics.median(cell["sides"]["flat"]["times_ms"])
-        for side, found in cell["sides"].items():
-            times = found["times_ms"]
-            middle = statistics.median(times)
-            encoded = f"{found['images']} images" if found["images"] else f"{found['observations']} obs."
-            lines.append(
-                f"| {cell['K']} | {side} | {middle:.1f} | {min(times):.1f} to {max(times):.1f} | "
-                f"**{middle / base:.3f}** | {encoded} | {found['denoiser_rows']} | {found['saved_bytes'] / 1e6:.1f} | "
-                f"{found['peak_bytes'] / 1e6:.1f} | {cell['errors'][side]:.1e} |"
-            )
-    return "\n".join(lines)
-
-
-def tables(document: dict[str, Any]) -> str:
-    """All tables of a results file."""
-    from rl_variance import render as render_variance
-
-    by_case: dict[str, dict[str, Any]] = {}
-    for key, cell in document["cells"].items():
-        by_case.setdefault(cell["case"]["name"], {})[key] = cell
-    parts = [render(name, cells) for name, cells in by_case.items()]
-    return "\n".join([*parts, *([render_variance(document["variance"])] if document.get("variance") else [])])
 
 
 def integers(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from minidiff_fast.errors import InvalidArgument
 
@@ -181,8 +182,8 @@ class DDIMTransitions:
         prediction: Tensor,  # [B, K, T, A]
         index: Tensor,  # [B, K] int64, in [0, D)
     ) -> Moments:
-        """See the class. In float32, float64 where x is."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        """See the class. In float32, float64 where x or the prediction is."""
+        dtype = _working_dtype(x, prediction)
         x, prediction = x.to(dtype), prediction.to(dtype)
         rows = self._table(x.device, dtype)[:, index][..., None, None]  # [5, B, K, 1, 1]
         signal, spread, next_signal, direction, std = rows.unbind()
@@ -280,12 +281,16 @@ class FlowTransitions:
         prediction: Tensor,  # [B, K, T, A], the velocity dx/dt
         index: Tensor,  # [B, K] int64; every step is the same
     ) -> Moments:
-        """See the class. In float32, float64 where x is."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        """See the class. In float32, float64 where x or the prediction is."""
+        dtype = _working_dtype(x, prediction)
         towards_data = -1.0 if self.noise_at == 1 else 1.0
         mean = x.to(dtype) + towards_data / self.steps * prediction.to(dtype)
         std = torch.full_like(mean[..., :1, :1], self.std)
         return Moments(mean, std, torch.zeros_like(mean[..., 0, 0]))
+
+
+def _working_dtype(x: Tensor, prediction: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, prediction.dtype), torch.float32)
 
 
 def step_moments(
@@ -302,7 +307,7 @@ def step_moments(
     Raises :class:`InvalidArgument` where the network or ``noise_std`` returns a shape that would only broadcast.
     """
     times = transitions.times(x.device)
-    prediction = policy.denoise(cache, x, times[index])
+    prediction = policy.denoise(cache, x.to(_network_dtype(cache, x)), times[index])
     if prediction.shape != x.shape:
         raise InvalidArgument(
             f"policy.denoise must return [B, K, T, A] = {list(x.shape)}, got {list(prediction.shape)}"
@@ -316,6 +321,14 @@ def step_moments(
             f"noise_std must return [B, K, T, A] = {list(x.shape)}, 1 where it is the same, got {list(std.shape)}"
         )
     return moments._replace(std=std)
+
+
+def _network_dtype(cache: Any, x: Tensor) -> torch.dtype:
+    """The dtype of the encoded condition, which is that of the network's weights; autocast sees to it by itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    leaves = pytree.tree_leaves(cache)
+    return next((t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), x.dtype)
 
 
 def gaussian_log_prob(

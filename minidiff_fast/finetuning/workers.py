@@ -48,7 +48,8 @@ class RestartingVectorEnv(VectorEnv):
     ``infos["final_info"]``. A process that dies (killed, out of memory, a crash in a simulator) is noticed within
     ``_POLL_SECONDS``, started again and reset, while the others keep their states. The row of the dead environment then
     has reward 0, ``truncated``, ``infos["restarted"]``, and as ``final_obs`` the observation before the step; it is no
-    transition. A Python exception in an environment is not a death: it is raised here as :class:`WorkerFailed`.
+    transition. A Python exception in an environment is not a death: it is raised here as :class:`WorkerFailed`, and so
+    is a death during ``call``, ``get_attr``, ``set_attr`` or ``render``, which have no row to give up.
 
     Restarted environments are seeded from the seed of ``reset`` and the number of the restart, and get the attributes
     that ``set_attr`` has set. SIGINT is left to this process: a run that stops between steps finds its workers alive.

@@ -315,7 +315,7 @@ def ppo_loss(
             "ratio": masked_mean(ratio, valid),
             "ratio_max": (ratio if valid is None else ratio.masked_fill(~valid[:, None], 0.0)).max(),
             "clip_fraction": masked_mean(((ratio - 1.0).abs() > clip).to(ratio.dtype), valid),
-            "approx_kl": masked_mean(ratio - 1.0 - difference, valid),
+            "approx_kl": masked_mean(difference.expm1() - difference, valid),
         }
     return ObjectiveLoss(masked_mean(surrogate, valid), stats)
 

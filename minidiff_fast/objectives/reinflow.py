@@ -262,7 +262,10 @@ class ReinFlow:
         self._check(cache)
         position = batch["position"]
         if position.shape[1] != self.steps:
-            raise InvalidArgument(f"ReinFlow: a chain has {self.steps} steps, got {position.shape[1]} in the batch")
+            raise InvalidArgument(
+                f"ReinFlow: a chain has {self.steps} steps, got {position.shape[1]} in the batch; the one ratio of a "
+                "decision cannot be taken from single steps (flat pairs)"
+            )
         std = self.module(cache.features, self.transitions.times(position.device)[position])
         score = score_chain(
             policy, cache.policy, batch["x"], batch["x_next"], position, transitions=self.transitions,

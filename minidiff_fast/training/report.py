@@ -17,7 +17,10 @@ evaluated."""
 CONTACT_SHEET = "contact_sheet.png"
 CURVES, REPORT_PNG, REPORT_MD = "curves.png", "report.png", "report.md"
 
-_OPTIONS = ("batch_size", "l2_batch", "lr", "budget", "max_steps", "seed", "data")
+_OPTIONS = (
+    "algo", "variant", "envs", "chunk_steps", "epochs", "flat_pairs", "batch_size", "l2_batch", "lr", "budget", "max_steps",
+    "max_iterations", "seed", "data",
+)  # fmt: skip
 _SHAPES = ("obs", "prediction", "denoiser", "horizon", "n_action_steps", "num_inference_steps")
 
 
@@ -115,6 +118,8 @@ def _facts(rows: Sequence[dict[str, Any]], result: dict[str, Any] | None) -> dic
     elif scores:
         low, high = scores[-1]["score_interval"]
         facts["mean score"] = f"{scores[-1]['score']:.3f} [{low:.3f}, {high:.3f}] ({scores[-1]['episodes']} episodes)"
+    if steps and "encoder_passes" in steps[-1]:
+        return {**facts, **_finetuning_facts(steps[-1])}
     if steps:
         last = steps[-1]
         facts["steps"] = str(last["step"])
@@ -124,6 +129,18 @@ def _facts(rows: Sequence[dict[str, Any]], result: dict[str, Any] | None) -> dic
             speed = sorted(row[f"{name}_per_second"] for row in steps)[len(steps) // 2]
             facts[f"{name}/s"] = f"{speed:.0f} (median)"
     return facts
+
+
+def _finetuning_facts(last: dict[str, Any]) -> dict[str, str]:
+    facts = {
+        "iterations": str(last["step"]),
+        "training time": f"{last['seconds']:.0f} s ({last['wall']:.0f} s with evaluations, {last['cpu_seconds']:.0f} of CPU)",
+    }
+    names = {
+        "total_env_steps": "environment steps", "total_encoder_passes": "encoder passes",
+        "total_denoiser_rows": "denoiser rows", "total_restarts": "restarted environments",
+    }  # fmt: skip
+    return {**facts, **{text: f"{last[name]:,}" for name, text in names.items()}}
 
 
 def _draw_report(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str], options: dict[str, Any]) -> Path:
@@ -150,6 +167,11 @@ def _draw_report(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, 
 
 def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     steps = [row for row in rows if row["kind"] == "train"]
+    if steps and "encoder_passes" in steps[-1]:  # fine-tuning has no loss that falls
+        axes.plot([row["step"] for row in steps], [row["reward"] for row in steps], linewidth=0.8)
+        axes.set(xlabel="iteration", ylabel="mean reward of a decision", title="training reward")
+        axes.grid(alpha=0.3)
+        return
     axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss", title="training loss")
     if steps:

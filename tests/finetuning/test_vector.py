@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("gymnasium", minversion="1.1")
 
@@ -18,6 +19,8 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.finetuning.buffer import ObsEntry, RolloutBuffer
+from minidiff_fast.finetuning.chunk import ActionChunk
 from minidiff_fast.finetuning.counters import Counters
 from minidiff_fast.finetuning.vector import (
     RestartingVectorEnv,
@@ -52,7 +55,7 @@ class Walk(gymnasium.Env):
         super().reset(seed=seed)
         self.episode += 1
         self.count, self.length = 0, int(self.np_random.integers(1, 6))
-        return self._observe(), {"env_steps": 0, "success": False}
+        return self._observe(), {"env_steps": 0, "success": False, "first": True}
 
     def _observe(self) -> dict[str, np.ndarray]:
         draw = self.np_random.normal()
@@ -116,6 +119,7 @@ def through(runner: VectorRunner, steps: int) -> tuple[list[list[Transition]], l
         result = runner.step(act(obs["state"]))
         success = result.info("success", False)
         assert success.dtype == bool
+        assert not result.info("first", False)[result.valid].any(), "that is the next episode's info"
         for i in np.flatnonzero(result.valid):
             assert (result.final_obs["image"][i] == result.final_obs["state"][i, 1]).all()
             out[i].append(
@@ -177,6 +181,68 @@ def test_the_next_episodes_observation_is_never_v_next(mode: str) -> None:
                 assert result.obs["state"][i, 1] == 0
                 assert result.obs["state"][i, 2] == result.final_obs["state"][i, 2] + 1
     assert ends > 5
+
+
+def advantages_by_hand(index: int, transitions: int, gamma: float, lam: float) -> list[float]:
+    """GAE of the episodes that are over, with V(obs) = the observation's draw."""
+    path = by_hand(index, transitions)
+    path = path[: max(i for i, t in enumerate(path) if t[7] or t[8]) + 1]
+    out, carry = [0.0] * len(path), 0.0
+    for i in range(len(path) - 1, -1, -1):
+        value, next_value, reward, terminated, truncated = path[i][0], path[i][3], path[i][6], path[i][7], path[i][8]
+        delta = reward + gamma * (0.0 if terminated else next_value) - value
+        carry = delta + (0.0 if terminated or truncated else gamma * lam * carry)
+        out[i] = carry
+    return out
+
+
+@pytest.mark.parametrize("mode", ["sync same step", "sync next step", "sync disabled", "restarting"])
+def test_advantages_through_the_buffer_are_those_of_a_plain_loop(mode: str) -> None:
+    steps = 40
+    runner = VectorRunner(MODES[mode]())
+    buffer = RolloutBuffer(steps, N, {"state": ObsEntry((1, 3), torch.float32)})
+    obs = runner.reset(seed=100)
+    for _ in range(steps):
+        result = runner.step(act(obs["state"]))
+        buffer.add(
+            {"state": obs["state"][:, None]},
+            record={},
+            reward=result.reward,
+            terminated=result.terminated,
+            truncated=result.truncated,
+            value=obs["state"][:, 0],
+            final_value=result.final_obs["state"][:, 0],
+            valid=result.valid,
+            env_steps=result.env_steps,
+        )
+        obs = result.obs
+    runner.close()
+    buffer.finish(obs["state"][:, 0], gamma=0.9, lam=0.8)
+    for i in range(N):
+        found = buffer.advantage[:, i][buffer.valid[:, i]]
+        expected = advantages_by_hand(i, len(found), 0.9, 0.8)
+        assert len(expected) > 10
+        np.testing.assert_allclose(found[: len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_chunks_report_the_steps_of_the_episode_that_ended(kind: Any) -> None:
+    counters = Counters()
+    runner = VectorRunner(make_vector([lambda: ActionChunk(Walk(), 4, 2)] * N, kind), counters=counters)
+    obs = runner.reset(seed=100)
+    check_spaces(runner.env, {"state": (2, 3), "image": (2, 2, 2)}, (4, 2))
+    running, lengths = np.zeros(N, dtype=int), []
+    for _ in range(15):
+        result = runner.step(np.zeros((N, 4, 2), np.float32))
+        assert result.obs["state"].shape == obs["state"].shape == (N, 2, 3)
+        running += result.env_steps
+        for i in np.flatnonzero(result.ended):
+            assert result.final_obs["state"][i, -1, 1] == running[i]
+            lengths.append(running[i])
+            running[i] = 0
+    runner.close()
+    assert len(lengths) > 20 and set(lengths) == {1, 2, 3, 4, 5}
+    assert counters.env_steps == sum(lengths) + running.sum() and counters.chunk_steps == 15 * N
 
 
 def test_a_box_observation_has_a_name_and_missing_infos_have_defaults() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from minidiff_fast.errors import InvalidArgument
 from minidiff_fast.level2 import Level2Batch
-from minidiff_fast.objectives import DenoisingLoss, DiffusionProcess, FlowMatching
+from minidiff_fast.objectives import DenoisingLoss, DiffusionProcess, FlowMatching, il_loss
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -159,3 +159,43 @@ def test_bad_input():
         InvalidArgument, match=r"denoise must return \[B, K, T, A\] = \[3, 5, 4, 2\], got \[3, 5, 4, 1\]"
     ):
         DenoisingLoss(process).per_sample(lambda c, x, s: x[..., :1], None, Level2Batch(None, x0, t, noise))
+
+
+@pytest.mark.parametrize(
+    "process", [DiffusionProcess(torch.linspace(0.99, 0.01, 10)), FlowMatching()], ids=["ddpm", "flow"]
+)
+def test_il_loss_is_that_of_a_level2_batch(process):
+    class Net:
+        def denoise(self, cache, x, t):
+            return cache[:, None] * x + t.to(x.dtype)[..., None, None] / 10
+
+    x0, noise, t = drawn(process)
+    cache, weight, mask = torch.randn(B, T, A), torch.rand(B), torch.rand(B, T) > 0.3
+    batch = Level2Batch(None, x0, t, noise, weight=weight[:, None].expand(B, K), mask=mask)
+    expected = DenoisingLoss(process).per_sample(Net().denoise, cache, batch)
+    options = {"process": process, "t": t, "noise": noise, "weight": weight, "mask": mask}
+    torch.testing.assert_close(il_loss(Net(), cache, x0, reduction="none", **options), expected)
+    torch.testing.assert_close(il_loss(Net(), cache, x0, k=K, **options), expected.mean())
+    double = il_loss(Net(), cache.double(), x0.double(), reduction="none", **{**options, "noise": noise.double()})
+    assert double.dtype == torch.float64
+
+    def draw(seed):
+        return il_loss(
+            Net(), cache, x0, k=6, process=process, reduction="none", generator=torch.Generator().manual_seed(seed)
+        )
+
+    assert draw(1).shape == (B, 6) and torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+def test_il_loss_errors():
+    process = FlowMatching()
+    x0, noise, t = drawn(process)
+    for options, message in [
+        ({"k": 2, "t": t}, "t and noise belong together"),
+        ({}, "k, the samples per condition, must be given without t, got None"),
+        ({"k": 2, "t": t, "noise": noise}, "k, the samples per condition, must be 5, got 2"),
+        ({"k": 2, "reduction": "sum"}, "reduction must be 'mean' or 'none', got 'sum'"),
+        ({"t": t, "noise": noise, "weight": torch.ones(B + 1)}, r"weight must be \[B, K\] = \[3, 5\], got \[4, 5\]"),
+    ]:
+        with pytest.raises(InvalidArgument, match=message):
+            il_loss(None, None, x0, process=process, **options)
