@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import sys
 import time
@@ -98,6 +99,21 @@ def open_work(work: Path, settings: Settings) -> None:
     path.write_text(json.dumps(mine, indent=1) + "\n")
 
 
+def as_text(made: Record) -> str:
+    """JSON with each list of numbers on one line: thousands of episodes, readable in a diff.
+
+    >>> print(as_text({"a": [1, 2.5], "b": {"c": []}}), end="")
+    {
+     "a": [1, 2.5],
+     "b": {
+      "c": []
+     }
+    }
+    """
+    text = json.dumps(made, indent=1)
+    return re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     import run as suites
@@ -157,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     made = document(settings, bench, units, failed)
-    suites.save(out / f"{NAME}.json", made)
+    temporary = out / f"{NAME}.json.tmp"
+    temporary.write_text(as_text(made), encoding="utf-8")
+    temporary.replace(out / f"{NAME}.json")
     text = report.markdown(made)
     (out / f"{NAME}.md").write_text(text, encoding="utf-8")
     print(text, end="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -241,7 +241,7 @@ def curves(document: Record) -> dict[str, list[Record]]:
     return found
 
 
-def draw(curves: dict[str, Sequence[Record]], path: Path) -> Path:
+def draw(curves: Mapping[str, Sequence[Record]], path: Path) -> Path:
     """Success over training time and over environment steps, of runs that differ in how they encode.
 
     Args:

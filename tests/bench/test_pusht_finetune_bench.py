@@ -340,6 +340,14 @@ def test_a_folder_of_other_settings_is_refused(runs, tmp_path):
         pusht_finetune.open_work(tmp_path / "mine", settings)
 
 
+def test_the_file_is_the_document(document):
+    import pusht_finetune
+
+    text = pusht_finetune.as_text(document)
+    assert json.loads(text) == json.loads(json.dumps(document))
+    assert '"success": [1, 1, ' in text and len(text.splitlines()) < 1000
+
+
 def test_bad_input_is_exit_code_2(tmp_path, capsys):
     import pusht_finetune
 
