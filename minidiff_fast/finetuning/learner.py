@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minidiff_fast.errors import InvalidArgument, MinidiffFastError
 from minidiff_fast.finetuning.flat import flat_losses
-from minidiff_fast.objectives.policy_gradient import ObjectiveLoss, normalize_advantage, value_loss
+from minidiff_fast.objectives.policy_gradient import ObjectiveLoss, clamp_advantage, normalize_advantage, value_loss
 
 
 class StaleRecord(MinidiffFastError, RuntimeError):
@@ -70,6 +70,8 @@ class UpdateConfig:
     """The actor stops for this update once a minibatch's mean KL is above this."""
     normalize_advantage: bool = True
     """Zero mean and unit variance over the minibatch's decisions."""
+    advantage_quantiles: tuple[float, float] = (0.0, 1.0)
+    """Quantiles of the minibatch's advantages to which they are clamped; (0, 1) clamps none."""
     flat_pairs: bool = False
     """Train on (decision, denoising step) pairs that each encode their own observation: what the peers do."""
     rows_per_pass: int | None = None
@@ -84,6 +86,11 @@ class UpdateConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):
                 raise InvalidArgument(f"UpdateConfig: {name} must be above 0, got {value}")
+        low, high = self.advantage_quantiles
+        if not 0.0 <= low < high <= 1.0:
+            raise InvalidArgument(
+                f"UpdateConfig: advantage_quantiles must be 0 <= low < high <= 1, got {self.advantage_quantiles}"
+            )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
             raise InvalidArgument(f"UpdateConfig: weight_decay must be at least 0, got {self.weight_decay}")
 
@@ -190,6 +197,8 @@ class Learner:
         """Gradients of one minibatch, in passes of ``rows_per_pass`` decisions; a mean over all of them."""
         config, total = self.config, len(rows.advantage)
         advantage = normalize_advantage(rows.advantage) if config.normalize_advantage else rows.advantage
+        if config.advantage_quantiles != (0.0, 1.0):
+            advantage = clamp_advantage(advantage, *config.advantage_quantiles)
         size = total if config.rows_per_pass is None else config.rows_per_pass
         gathered: dict[str, Tensor] = {}
         for start in range(0, total, size):

@@ -140,6 +140,9 @@ class Finetuner:
     ) -> None:
         self.config, self.device, self.algorithm = config, torch.device(device), algorithm
         self.module, self.critic_module = policy.to(self.device).eval(), critic.to(self.device)
+        extra = getattr(algorithm, "module", None)
+        if extra is not None:
+            extra.to(self.device)
         self.counters = Counters()
         self.policy: Any = CountedPolicy(self.module, self.counters, config.cameras)
         self.own_encoder = bool(getattr(critic, "own_encoder", False))
@@ -309,8 +312,11 @@ class Finetuner:
         config = self.config
         if config.rescore and not callable(getattr(self.algorithm, "rescore", None)):
             raise InvalidArgument(f"LoopConfig: rescore is not for {type(self.algorithm).__name__}")
-        if config.update.flat_pairs and hasattr(self.algorithm, "condition"):
-            raise InvalidArgument(f"UpdateConfig: flat_pairs is not for {type(self.algorithm).__name__}")
+        joint = getattr(self.algorithm, "joint", False) or hasattr(self.algorithm, "condition")
+        if config.update.flat_pairs and joint:
+            raise InvalidArgument(
+                f"UpdateConfig: flat_pairs is not for {type(self.algorithm).__name__}, whose ratio is that of a decision"
+            )
         if config.peer_passes and (self.base is None or not config.update.flat_pairs):
             raise InvalidArgument("LoopConfig: peer_passes goes with flat_pairs and needs base, the frozen network")
 

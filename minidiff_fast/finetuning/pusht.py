@@ -214,7 +214,7 @@ def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffus
         learned = ReinFlowConfig(
             clip=clip, noise_low=config.min_std, noise_high=2.4 * config.min_std, bc_weight=config.bc_weight
         )
-        width = shapes.n_obs_steps * int(policy.encoder.output_dim)
+        width = shapes.n_obs_steps * _width(policy.encoder)
         return ReinFlow(build_transitions(shapes), shape, width, learned, act_steps=act_steps)
     transitions, process = build_transitions(shapes), build_process(shapes)
     if config.algo == "fpo":
@@ -269,8 +269,13 @@ def build_critic(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffusion
     from minidiff_fast.models import ImageEncoder, LowDimEncoder
 
     if config.critic == "shared":
-        return SharedCritic(ValueHead(shapes.n_obs_steps * int(policy.encoder.output_dim)))
+        return SharedCritic(ValueHead(shapes.n_obs_steps * _width(policy.encoder)))
     entries = LOW_DIM_ENTRIES[shapes.obs]
     encoder = ImageEncoder(entries) if shapes.obs == "image" else LowDimEncoder(entries)
-    normalizers = copy.deepcopy(dict(policy.obs_normalizers.items()))
-    return OwnCritic(encoder, ValueHead(shapes.n_obs_steps * int(encoder.output_dim)), normalizers).eval()
+    normalizers: dict[str, Any] = copy.deepcopy(dict(policy.obs_normalizers.items()))
+    return OwnCritic(encoder, ValueHead(shapes.n_obs_steps * _width(encoder)), normalizers).eval()
+
+
+def _width(encoder: Any) -> int:
+    """Dc of an encoder's features."""
+    return int(encoder.output_dim)

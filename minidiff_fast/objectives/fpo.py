@@ -154,6 +154,8 @@ class FPO:
         check_act_steps("FPO", act_steps, shape[0])
         self.transitions, self.process, self.shape, self.act_steps = transitions, process, shape, act_steps
         self.config = FPOConfig() if config is None else config
+        self.joint = self.config.average_before_exp
+        """Whether a decision has one ratio, so that its pairs cannot be told apart in a loss."""
 
     @torch.no_grad()
     def act(

@@ -13,7 +13,8 @@ from minidiff_fast.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
 """Rows of kind ``train``: step, seconds (training time so far), cpu_seconds (processor time in that), wall (with
-evaluations and checkpoints), loss (mean since the row before), lr, grad_norm, conditions_per_second, samples_per_second.
+evaluations and checkpoints), loss (mean since the row before), lr, grad_norm, conditions_per_second,
+samples_per_second.
 Rows of kind ``eval``: step, seconds, cpu_seconds, wall, score, score_interval, success_rate, episodes, eval_seconds."""
 
 

@@ -18,8 +18,8 @@ CONTACT_SHEET = "contact_sheet.png"
 CURVES, REPORT_PNG, REPORT_MD = "curves.png", "report.png", "report.md"
 
 _OPTIONS = (
-    "algo", "variant", "envs", "chunk_steps", "epochs", "flat_pairs", "batch_size", "l2_batch", "lr", "budget", "max_steps",
-    "max_iterations", "seed", "data",
+    "algo", "variant", "envs", "chunk_steps", "epochs", "flat_pairs", "batch_size", "l2_batch", "lr", "budget",
+    "max_steps", "max_iterations", "seed", "data",
 )  # fmt: skip
 _SHAPES = ("obs", "prediction", "denoiser", "horizon", "n_action_steps", "num_inference_steps")
 
@@ -134,7 +134,8 @@ def _facts(rows: Sequence[dict[str, Any]], result: dict[str, Any] | None) -> dic
 def _finetuning_facts(last: dict[str, Any]) -> dict[str, str]:
     facts = {
         "iterations": str(last["step"]),
-        "training time": f"{last['seconds']:.0f} s ({last['wall']:.0f} s with evaluations, {last['cpu_seconds']:.0f} of CPU)",
+        "training time": f"{last['seconds']:.0f} s ({last['wall']:.0f} s with evaluations)",
+        "processor time": f"{last['cpu_seconds']:.0f} s",
     }
     names = {
         "total_env_steps": "environment steps", "total_encoder_passes": "encoder passes",

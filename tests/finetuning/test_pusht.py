@@ -41,19 +41,11 @@ def train(folder, **shapes):
     policy = PolicyConfig(**{**small, "encoder_width": 8, "encoder_blocks": 1, **shapes})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIDIFF_FAST_IMPL", "reference")
+        options = {"eval_every": "none", "log": "none", "progress": False, "num_threads": 1}
         train_pusht(
             TrainConfig(
-                out=str(folder),
-                policy=policy,
-                max_steps=3,
-                batch_size=4,
-                l2_batch=2,
-                demo_episodes=2,
-                eval_every="none",
-                log="none",
-                progress=False,
-                num_threads=1,
-            )  # fmt: skip
+                out=str(folder), policy=policy, max_steps=3, batch_size=4, l2_batch=2, demo_episodes=2, **options
+            )
         )
     return str(folder)
 
