@@ -21,10 +21,10 @@ Record = dict[str, Any]
 SCRIPT = Path(__file__).with_name("pusht_finetune.py").resolve()
 RECIPE = (
     "--demo-episodes", "100", "--obs", "keypoints", "--horizon", "6", "--n-obs-steps", "1", "--n-action-steps", "6",
-    "--num-inference-steps", "5", "--batch-size", "64", "--l2-batch", "8",
+    "--num-inference-steps", "5", "--encoder-width", "256", "--batch-size", "64", "--l2-batch", "8",
 )  # fmt: skip
 """Of imitation."""
-PRETRAIN_STEPS = 5000
+PRETRAIN_STEPS = 3800
 MIN_STD = 0.04
 """Of the stochastic sampler, in fine-tuning and in every evaluation."""
 
