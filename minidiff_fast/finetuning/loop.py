@@ -315,7 +315,7 @@ class Finetuner:
         joint = getattr(self.algorithm, "joint", False) or hasattr(self.algorithm, "condition")
         if config.update.flat_pairs and joint:
             raise InvalidArgument(
-                f"UpdateConfig: flat_pairs is not for {type(self.algorithm).__name__}, whose ratio is that of a decision"
+                f"UpdateConfig: flat_pairs is not for {type(self.algorithm).__name__}, which has one ratio a decision"
             )
         if config.peer_passes and (self.base is None or not config.update.flat_pairs):
             raise InvalidArgument("LoopConfig: peer_passes goes with flat_pairs and needs base, the frozen network")
