@@ -59,11 +59,9 @@ def evaluate_run(folder: Path, variant: str, settings: Settings) -> Record:
     """Success and score of every episode, by both samplers, on the validation and the test starts."""
     import torch
 
-    from minidiff_fast.finetuning.pusht import evaluate_sampler
-    from minidiff_fast.training.checkpoint import load_policy
+    from minidiff_fast.training.pusht import evaluate_checkpoint
 
     torch.set_num_threads(settings.threads)
-    policy, info = load_policy(folder)
     found: Record = {}
     for part, seed, episodes in (
         ("validation", settings.validation_seed, settings.validation_episodes),
@@ -71,10 +69,9 @@ def evaluate_run(folder: Path, variant: str, settings: Settings) -> Record:
     ):
         found[part] = {}
         for sampler in report.SAMPLERS:
-            result = evaluate_sampler(
-                policy, info.policy, sampler=sampler, min_std=settings.min_std, variant=variant, episodes=episodes,
-                seed=seed,
-            )  # fmt: skip
+            result = evaluate_checkpoint(
+                folder, sampler=sampler, min_std=settings.min_std, variant=variant, episodes=episodes, seed=seed
+            )
             found[part][sampler] = {
                 "success": [int(value) for value in result.successes],
                 "score": [round(value, 4) for value in result.scores],
@@ -116,8 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", choices=("near-goal", "time-limit"), default="near-goal", help="the shifted task")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each; default: 2")
     parser.add_argument("--budget-scale", type=float, default=1.0, help="a share of steps, time and episodes: 0.02")
-    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", nargs=4, metavar=("RUN", "TASK", "FILE", "SETTINGS"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -128,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = parse(argv)
     if arguments.evaluate is not None:  # one evaluation, in a process of its own
-        found = evaluate_run(arguments.evaluate, arguments.variant, Settings(**json.loads(arguments.settings)))
-        arguments.out.write_text(json.dumps(found) + "\n")
+        folder, task, file, settings_text = arguments.evaluate
+        found = evaluate_run(Path(folder), task, Settings(**json.loads(settings_text)))
+        Path(file).write_text(json.dumps(found) + "\n")
         return 0
     try:
         if min(arguments.seeds, arguments.workers, arguments.pretrain_steps) < 1 or not arguments.budget_scale > 0.0:
@@ -164,11 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = report.markdown(made)
     (out / f"{NAME}.md").write_text(text, encoding="utf-8")
     print(text, end="")
-    curves = {
-        label: made["runs"][f"{kind}-{settings.seeds[0]}"]["curve"]
-        for kind, label in (("dppo", "Level-2: one encode a decision"), ("flat", "flat: one encode a pair"))
-        if f"{kind}-{settings.seeds[0]}" in made["runs"]
-    }
+    curves = report.curves(made)
     if curves:
         report.draw(curves, out / f"{NAME}.png")
     for name, why in failed.items():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Record = dict[str, Any]
-SAMPLERS = ("deterministic", "stochastic")
+Sampler = Literal["deterministic", "stochastic"]
+SAMPLERS: tuple[Sampler, ...] = ("deterministic", "stochastic")
 DRAWS = 10_000
 NAMES = {
     "bc": "BC", "control": "BC, compute-matched", "dppo": "DPPO", "flow": "BC (flow)",
@@ -76,10 +77,10 @@ def paired_gain(
     return Gain(float(difference.mean()), float(low), float(high), tuple(difference.mean(axis=1).tolist()))
 
 
-def best_sampler(evaluation: Record) -> str:
+def best_sampler(evaluation: Record) -> Sampler:
     """The sampler with more successes on the validation starts, then the higher score, then the deterministic one."""
 
-    def merit(sampler: str) -> tuple[float, float]:
+    def merit(sampler: Sampler) -> tuple[float, float]:
         found = evaluation["validation"][sampler]
         return float(np.mean(found["success"])), float(np.mean(found["score"]))
 
@@ -161,7 +162,29 @@ def markdown(document: Record) -> str:
             f"| {row['title']} | {row['variant']} | {len(row['first'])} | {row['mean']:+.3f} | "
             f"[{row['low']:+.3f}, {row['high']:+.3f}] | {each} | {verdict} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_cost_lines(document)]) + "\n"
+
+
+def _cost_lines(document: Record) -> list[str]:
+    """What the same iterations cost with one encode a decision, and with one for every denoising step."""
+    seed = document["settings"]["seeds"][0]
+    both = [document["runs"].get(f"{kind}-{seed}") for kind in ("dppo", "flat")]
+    if None in both:
+        return []
+    lines = [
+        "",
+        f"DPPO of seed {seed} over the same environment steps, one encode a decision against one a denoising step:",
+        "",
+        "| encodes | iterations | env steps | encoder passes | wall-clock s | CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in zip(("Level-2", "flat"), both, strict=True):
+        assert run is not None
+        lines.append(
+            f"| {name} | {run['step']} | {run['env_steps'] / 1e6:.2f} M | {run['encoder_passes'] / 1e6:.2f} M | "
+            f"{run['seconds']:.0f} | {run['cpu_seconds']:.0f} |"
+        )
+    return lines
 
 
 def kind_of(run: str) -> str:
@@ -197,6 +220,25 @@ def _policy_row(document: Record, kind: str, variant: str, runs: list[str]) -> s
         f"| {NAMES[_plain(kind)]}{', trained there' if kind != _plain(kind) else ''} | {variant} | {len(runs)} | "
         f"{cpu:.0f} | {env_steps} | {rates[0]:.3f} | {rates[1]:.3f} | **{best:.3f}** |"
     )
+
+
+def curves(document: Record) -> dict[str, list[Record]]:
+    """Label -> evaluations on the way of the two DPPO runs that encode differently, their common start first."""
+    from minidiff_fast.tasks.pusht.evaluation import wilson_interval
+
+    seed, found = document["settings"]["seeds"][0], {}
+    start = document["evaluations"].get(f"bc-{seed}@stock")
+    for kind, label in (("dppo", "Level-2: one encode a decision"), ("flat", "flat: one encode a denoising step")):
+        run = document["runs"].get(f"{kind}-{seed}")
+        if run is None or start is None:
+            continue
+        outcomes = start["validation"]["stochastic"]["success"]  # what the runs evaluate themselves on
+        first = {
+            "seconds": 0.0, "env_steps": 0, "success_rate": float(np.mean(outcomes)),
+            "success_interval": wilson_interval(sum(outcomes), len(outcomes)),
+        }  # fmt: skip
+        found[label] = [first, *run["curve"]]
+    return found
 
 
 def draw(curves: dict[str, Sequence[Record]], path: Path) -> Path:

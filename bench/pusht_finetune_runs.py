@@ -69,6 +69,8 @@ class Unit(NamedTuple):
     needs: tuple[str, ...]
     make: Callable[[Bench], Record]
     """Does it and returns its result."""
+    after: tuple[str, ...] = ()
+    """What it waits for without needing it to succeed."""
 
 
 class Bench:
@@ -153,7 +155,11 @@ class Bench:
 
     def control(self, run: str, seed: int, start: str, matched: Sequence[str], *, flow: bool) -> Record:
         """The policy of ``start``, trained on as it was, for the processor time of the longest of ``matched``."""
-        begun, cpu = self.need(start), max(self.need(name)["cpu_seconds"] for name in matched)
+        begun = self.need(start)
+        spent = {name: found["cpu_seconds"] for name in matched if (found := self.result(name)) is not None}
+        if not spent:
+            raise Failed(f"none of {', '.join(matched)} is done")
+        cpu = max(spent.values())
         more = math.ceil(cpu / (begun["cpu_seconds"] / begun["step"]))
         folder = self.folder(run)
         if not folder.exists():
@@ -163,7 +169,7 @@ class Bench:
             copy.rename(folder)
         done = self.pretrain(run, seed, max_steps=begun["step"] + more, flow=flow, resume=True)
         beyond = {name: done[name] - begun[name] for name in ("step", "seconds", "cpu_seconds")}
-        return {**beyond, "matched_cpu_seconds": cpu, "matched": list(matched)}
+        return {**beyond, "matched_cpu_seconds": cpu, "matched": list(spent)}
 
     def finetune(
         self, run: str, seed: int, start: str, algo: str, *, variant: str = "stock", curve: bool = False,
@@ -179,8 +185,9 @@ class Bench:
             "-m", "minidiff_fast.cli", "finetune", "pusht", "--checkpoint", str(self.folder(start)), "--algo", algo,
             "--variant", variant, *length, "--min-std", str(self.settings.min_std), "--seed", str(seed),
             "--num-threads", str(self.settings.threads), "--device", "cpu", "--eval-every", every,
-            "--eval-episodes", str(self.settings.validation_episodes), "--log", "none", "--checkpoint-every", "1m",
-            "--no-progress", "--out", str(folder), *(["--resume"] if self._started(folder) else []),
+            "--eval-sampler", "stochastic", "--eval-episodes", str(self.settings.validation_episodes), "--log", "none",
+            "--checkpoint-every", "1m", "--no-progress", "--out", str(folder),
+            *(["--resume"] if self._started(folder) else []),
         ])  # fmt: skip
         last = self._rows(folder, "train")[-1]
         total = {name.removeprefix("total_"): value for name, value in last.items() if name.startswith("total_")}
@@ -194,8 +201,7 @@ class Bench:
         key, settings = f"{run}@{variant}", self.settings
         out = self.work / "logs" / f"{key}.evaluation.json"
         self.call(key, [
-            str(SCRIPT), "--evaluate", str(self.folder(run)), "--variant", variant, "--out", str(out),
-            "--work", str(self.work), "--settings", json.dumps(asdict(settings)),
+            str(SCRIPT), "--evaluate", str(self.folder(run)), variant, str(out), json.dumps(asdict(settings)),
         ])  # fmt: skip
         found: Record = json.loads(out.read_text())
         return found
@@ -229,8 +235,8 @@ def plan(settings: Settings) -> list[Unit]:
     steps, variant, one = settings.pretrain_steps, settings.variant, settings.seeds[0]
     units: list[Unit] = []
 
-    def add(name: str, needs: Sequence[str], make: Callable[[Bench], Record]) -> None:
-        units.append(Unit(name, tuple(needs), make))
+    def add(name: str, needs: Sequence[str], make: Callable[[Bench], Record], after: Sequence[str] = ()) -> None:
+        units.append(Unit(name, tuple(needs), make, tuple(after)))
 
     def pretrain(kind: str, seed: int) -> None:
         run = f"{kind}-{seed}"
@@ -244,7 +250,7 @@ def plan(settings: Settings) -> list[Unit]:
 
     def control(kind: str, seed: int, start: str, matched: Sequence[str]) -> None:
         run, flow = f"{kind}-{seed}", kind.startswith("flow")
-        add(run, [start, *matched], lambda bench: bench.control(run, seed, start, matched, flow=flow))
+        add(run, [start], lambda bench: bench.control(run, seed, start, matched, flow=flow), matched)
 
     def evaluate(run: str, task: str) -> None:
         add(f"{run}@{task}", [run], lambda bench: bench.evaluate(run, task))
@@ -272,6 +278,10 @@ def plan(settings: Settings) -> list[Unit]:
     return units
 
 
+def _ready(unit: Unit, done: set[str], failed: dict[str, str]) -> bool:
+    return done.issuperset(unit.needs) and all(name in done or name in failed for name in unit.after)
+
+
 def execute(units: Sequence[Unit], bench: Bench, say: Callable[[str], None]) -> dict[str, str]:
     """Do what is not done, ``workers`` at a time, each unit after those it needs; {unit: why it failed}.
 
@@ -290,7 +300,7 @@ def execute(units: Sequence[Unit], bench: Bench, say: Callable[[str], None]) -> 
                     if broken:
                         failed[unit.name] = f"needs {', '.join(broken)}"
                         waiting.remove(unit)
-                    elif len(running) < bench.settings.workers and done.issuperset(unit.needs):
+                    elif len(running) < bench.settings.workers and _ready(unit, done, failed):
                         running[pool.submit(unit.make, bench)] = (unit, time.perf_counter())
                         waiting.remove(unit)
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)

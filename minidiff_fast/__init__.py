@@ -10,7 +10,9 @@ condition is ever copied K times. The letters are explained once, in :mod:`minid
 ``nn``, ``models``      modules and denoisers over them
 ``objectives``          what is learnt: denoising, flow matching, policy gradients
 ``level2``              one training step: encode once, denoise K, one backward through the encoder
-``sampling``            actions from a policy, over a condition encoded once
+``sampling``            actions from a policy, over a condition encoded once; whole chains with log-probabilities
+``transitions``         the denoising steps of samplers as Gaussians
+``finetuning``          reinforcement learning: environments, buffer, update, loop
 ``policy``              the two calls that tie these together: ``encode`` and ``denoise``
 ======================  ==============================================================================
 
@@ -27,9 +29,20 @@ from minidiff_fast._version import __version__
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from minidiff_fast import level2, models, nn, objectives, ops, policy, sampling
+    from minidiff_fast import finetuning, level2, models, nn, objectives, ops, policy, sampling, transitions
 
-__all__ = ["__version__", "level2", "models", "nn", "objectives", "ops", "policy", "sampling"]
+__all__ = [
+    "__version__",
+    "finetuning",
+    "level2",
+    "models",
+    "nn",
+    "objectives",
+    "ops",
+    "policy",
+    "sampling",
+    "transitions",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidiff_fast.errors import InvalidArgument
+from minidiff_fast.objectives._records import check_record
 from minidiff_fast.objectives.policy_gradient import (
     ObjectiveLoss,
     chain_logprob,
@@ -177,22 +178,11 @@ class DPPO:
         Raises :class:`InvalidArgument` for a record that DPPO did not make, and for a chain of another length than the
         sampler's.
         """
-        if set(record) != {"chain", "log_prob"}:
-            raise InvalidArgument(
-                f"DPPO.minibatch: record must hold chain and log_prob, as DPPO.act makes it, got {sorted(record)}: the "
-                "record of another algorithm, whose old log-probabilities are not those of single denoising steps"
-            )
+        check_record("DPPO", record, {"chain": (self.steps + 1, *self.shape), "log_prob": (self.steps,)})
         chain, old = record["chain"], record["log_prob"]
-        batch, tail = len(chain), [self.steps + 1, *self.shape]
-        if list(chain.shape[1:]) != tail or list(old.shape) != [batch, self.steps]:
-            raise InvalidArgument(
-                f"DPPO.minibatch: the sampler has {self.steps} fine-tuned steps, so chain must be [B, "
-                f"{', '.join(map(str, tail))}] and log_prob [B, {self.steps}], got {list(chain.shape)} and "
-                f"{list(old.shape)}"
-            )
         pick = None
         if k is not None and k != self.steps:
-            pick = pick_steps(batch, self.steps, k, device=chain.device, generator=generator)
+            pick = pick_steps(len(chain), self.steps, k, device=chain.device, generator=generator)
             old = old.gather(1, pick)
         x, x_next, position = transitions_of(chain, pick)
         return {"x": x, "x_next": x_next, "position": position, "old_log_prob": old}

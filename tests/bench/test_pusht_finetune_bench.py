@@ -158,7 +158,23 @@ def test_the_table(report, document):
     assert "| DPPO, trained there | near-goal | 2 | 100 | 1.25 M |" in text
     assert "| BC (flow), compute-matched | stock | 1 | 100 |  | 0.600 |" in text
     assert "| DPPO against compute-matched BC | stock | 2 | +0.400 | [+0.2" in text and "| gains |" in text
+    assert "encodes" not in text, "flat has not run"
+    counted = {"step": 9, "env_steps": 2e6, "encoder_passes": 3e6, "seconds": 60.0, "cpu_seconds": 50.0}
+    document["runs"]["dppo-0"] |= counted
+    document["runs"]["flat-0"] = {**counted, "encoder_passes": 9e6, "seconds": 90.0}
+    costs = report.markdown(document)
+    assert (
+        "| Level-2 | 9 | 2.00 M | 3.00 M | 60 | 50 |" in costs and "| flat | 9 | 2.00 M | 9.00 M | 90 | 50 |" in costs
+    )
     assert "| loses |" in text and "| no difference shown |" in text
+
+
+def test_the_curves_begin_at_the_common_start(report, document):
+    row = {"seconds": 9.0, "env_steps": 5, "success_rate": 0.5, "success_interval": [0.4, 0.6]}
+    document["runs"]["dppo-0"]["curve"] = document["runs"].setdefault("flat-0", {})["curve"] = [row]
+    level2, flat = report.curves(document).values()
+    assert level2 == flat and level2[1] == row
+    assert (level2[0]["seconds"], level2[0]["env_steps"], level2[0]["success_rate"]) == (0.0, 0, 0.1)
 
 
 def test_the_figure(report, tmp_path):
@@ -179,8 +195,8 @@ def test_every_run_waits_for_what_it_needs_and_has_its_control(runs):
     names = [unit.name for unit in units]
     assert len(set(names)) == len(names)
     for place, unit in enumerate(units):
-        assert set(unit.needs) <= set(names[:place]), unit.name
-    needs = {unit.name: unit.needs for unit in units}
+        assert set(unit.needs) | set(unit.after) <= set(names[:place]), unit.name
+    needs = {unit.name: (*unit.needs, *unit.after) for unit in units}
     assert needs["control-1"] == ("bc-1", "dppo-1", "dppo-variant-1")
     assert needs["control-0"] == ("bc-0", "dppo-0", "dppo-variant-0", "awr-0")
     assert needs["flow-control-0"] == ("flow-0", "fpo-0", "reinflow-0")
@@ -218,12 +234,12 @@ def test_what_is_done_is_not_done_again_and_a_failure_stops_only_what_needs_it(r
             unit(runs, "a", (), make("a")),
             unit(runs, "b", ("a",), make("b", error)),
             unit(runs, "c", ("b",), make("c")),
-            unit(runs, "d", ("a",), make("d")),
+            unit(runs, "d", ("a",), make("d"))._replace(after=("b",)),
         ]
 
     failed = runs.execute(units(runs.Failed("out of luck")), bench, said.append)
     assert failed == {"b": "out of luck", "c": "needs b"}
-    assert calls[0] == "a" and sorted(calls) == ["a", "b", "d"]
+    assert calls == ["a", "b", "d"], "d waits for b, and does without it"
     assert bench.result("a")["value"] == "a" and bench.result("b") is None
     calls.clear()
     assert runs.execute(units(None), bench, said.append) == {}
@@ -303,7 +319,8 @@ def test_the_control_trains_on_for_the_processor_time_of_the_longest(runs, tmp_p
         return {"step": 341, "seconds": 200.0, "cpu_seconds": 172.0}
 
     monkeypatch.setattr(bench, "pretrain", pretrain)
-    found = bench.control("control-0", 0, "bc-0", ["dppo-0", "awr-0"], flow=False)
+    found = bench.control("control-0", 0, "bc-0", ["dppo-0", "awr-0", "dppo-variant-0"], flow=False)
+    assert found["matched"] == ["dppo-0", "awr-0"], "what failed took no time"
     assert asked == [("control-0", 0, {"max_steps": 341, "flow": False, "resume": True})]
     assert (bench.folder("control-0") / "checkpoints" / "last").is_file()
     assert found["cpu_seconds"] == 122.0 and found["matched_cpu_seconds"] == 120.2 and found["step"] == 241

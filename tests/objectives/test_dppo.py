@@ -411,11 +411,14 @@ def test_bad_input():
     algorithm = DPPO(case.transitions, (T, A))
     chain, old = torch.zeros(B, 6, T, A), torch.zeros(B, 5)
     for record, message in [
-        ({"chain": chain[:, 1:], "log_prob": old}, r"5 fine-tuned steps, so chain must be \[B, 6, 4, 2\]"),
-        ({"chain": chain, "log_prob": old[:, :1]}, r"log_prob \[B, 5\], got \[3, 6, 4, 2\] and \[3, 1\]"),
-        ({"chain": chain, "log_prob": old[:1]}, r"got \[3, 6, 4, 2\] and \[1, 5\]"),
-        ({"noise": old, "t": old, "loss": old}, r"record must hold chain and log_prob.*got \['loss', 'noise', 't'\]"),
-        ({"chain": chain, "log_prob": old, "std": old}, "the record of another algorithm"),
+        ({"chain": chain[:, 1:], "log_prob": old}, r"chain must be \[B, 6, 4, 2\] = .*got \[3, 5, 4, 2\]"),
+        ({"chain": chain, "log_prob": old[:, :1]}, r"log_prob must be \[B, 5\] = \[3, 5\], got \[3, 1\]"),
+        ({"chain": chain, "log_prob": old[:1]}, r"log_prob must be \[B, 5\] = \[3, 5\], got \[1, 5\]"),
+        (
+            {"fpo_noise": old, "fpo_loss": old},
+            "must hold chain, log_prob, got fpo_loss, fpo_noise: .*another policy class",
+        ),
+        ({"reinflow_chain": chain, "reinflow_log_prob": old}, "got reinflow_chain, reinflow_log_prob"),
     ]:
         with pytest.raises(InvalidArgument, match=message):
             algorithm.minibatch(record)

@@ -301,7 +301,7 @@ def test_bad_losses():
         ((new, old, torch.randn(12)), r"advantage must be \[B\] = \[3\], got \[12\]"),
         ((new, old, advantage[:, None]), r"advantage must be \[B\] = \[3\], got \[3, 1\]"),
         ((new, old.clone().requires_grad_(), advantage), "loss_old is a constant"),
-        ((new, torch.rand(3, 4), torch.randn(3, requires_grad=True)), "advantage are constants; detach them"),
+        ((new, torch.rand(3, 4), torch.randn(3, requires_grad=True)), "advantage is a constant; detach it"),
     ]:
         with pytest.raises(InvalidArgument, match=message):
             fpo_loss(*arguments)

@@ -243,7 +243,7 @@ def test_bad_records_and_caches(make_policy, make_obs):
         with pytest.raises(InvalidArgument, match="must be what ReinFlow.condition.* gives, got ConditionFeatures"):
             call(policy.encode(obs))
     cache, batch = encoded(reinflow, policy, obs), reinflow.minibatch(record)
-    with pytest.raises(InvalidArgument, match="advantage are constants; detach them"):
+    with pytest.raises(InvalidArgument, match="advantage is a constant; detach it"):
         reinflow.loss(policy, cache, batch, torch.ones(B, requires_grad=True))
     with pytest.raises(InvalidArgument, match=r"advantage must be \[B\] = \[4\], got \[16\]"):
         reinflow.loss(policy, cache, batch, torch.ones(B * K))

@@ -142,6 +142,14 @@ def test_coverage_of_random_poses_is_that_of_shapely() -> None:
     assert coverage_of_pose(256.0, 256.0, math.pi / 4) == pytest.approx(1.0, abs=1e-12)
 
 
+def test_coverage_follows_the_pose() -> None:
+    env = make_env()
+    for pose in ((256.0, 256.0, 0.7), (256.0, 256.0, 1.0), (256.0, 250.0, 1.0), (250.0, 250.0, 1.0)):
+        env.set_state((60.0, 60.0, *pose))
+        for _ in range(2):
+            assert env.coverage() == pytest.approx(coverage_of_pose(*pose), abs=1e-9)
+
+
 def test_set_state_restores_a_recorded_state() -> None:
     env = make_env()
     env.reset(seed=1)

@@ -83,8 +83,12 @@ def test_success_on_the_last_step_terminates_and_does_not_truncate() -> None:
         env = PushTTask(variant=Variant("near", limit, offset=near.offset, turn=near.turn))
         env.reset(seed=1)
         for action in actions[:limit]:
-            _, _, terminated, truncated, info = env.step(action)
-        assert (terminated, truncated) == ends and info["is_success"] == ends[0]
+            _, *stepped = env.step(action)
+        assert tuple(stepped[1:3]) == ends and stepped[3]["is_success"] == ends[0]
+        env.reset(seed=1)
+        for action in actions[:limit]:  # as chunks step
+            _, *snapped = env.step_snapshot(action.tolist(), False)
+        assert snapped == stepped
 
 
 def test_step_cost_is_what_the_reward_lacks() -> None:
