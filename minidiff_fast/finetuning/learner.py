@@ -170,6 +170,8 @@ class Learner:
             StaleRecord: the first ratio is not 1.
         """
         config, seen, first, stopped = self.config, _Means(), True, False
+        for optimizer in (self.actor, self.critic_optimizer):  # an update that raised may have left gradients
+            optimizer.zero_grad(set_to_none=True)
         for epoch in range(config.epochs):
             for index in buffer.minibatches(config.batch_size, generator=generator):
                 act = train_actor and not stopped
@@ -255,11 +257,13 @@ class Learner:
 
 
 def _check_first_ratio(stats: dict[str, Tensor]) -> None:
-    ratio = float(stats["ratio"])
-    if not abs(ratio - 1.0) < 1e-2:
+    # The mean ratio is near 1 for any policy, as the record's own is what it is an expectation under; the KL is not.
+    ratio, kl = float(stats["ratio"]), float(stats["approx_kl"])
+    if not (abs(ratio - 1.0) < 1e-2 and kl < 1e-3):
         raise StaleRecord(
-            f"the first minibatch of an update must have ratio 1 (the policy has not changed since collection), got "
-            f"{ratio:.4f}: the record's log-probabilities or losses are those of another policy, sampler or mode"
+            f"the first minibatch of an update must have ratio 1 and KL 0 (the policy has not changed since "
+            f"collection), got {ratio:.4f} and {kl:.4f}: the record's log-probabilities or losses are those of another "
+            "policy, sampler or mode"
         )
 
 

@@ -94,7 +94,8 @@ def weighted_loss(
     max_weight: float = 100.0,
     valid: Tensor | None = None,  # [B] bool
 ) -> ObjectiveLoss:
-    r""":math:`\mathrm{mean}_{bk} \min(\exp(\beta A_b), w_{max})\, \ell_{bk}` over the valid decisions.
+    r""":math:`\mathrm{mean}_{bk} \min(\exp(\beta A_b), w_{max})\, \ell_{bk}` over the valid decisions,
+    whatever the others' advantages are (NaN included).
 
     Stats: ``denoising_loss`` (unweighted), ``weight`` (mean), ``weight_capped`` (share of decisions at the bound).
 
@@ -107,6 +108,8 @@ def weighted_loss(
     for name, tensor in (("advantage", advantage), ("valid", valid)):
         if tensor is not None:
             check_shape("weighted_loss", name, tensor, [len(loss)], "[B]", context)
+    if valid is not None:  # before it is a factor: 0 * NaN is NaN in the gradient
+        advantage = advantage.masked_fill(~valid, 0.0)
     weight = advantage_weights(advantage, beta=beta, max_weight=max_weight)
     with torch.no_grad():
         capped = (beta * advantage >= math.log(max_weight)).to(weight.dtype)
@@ -329,6 +332,8 @@ def expectile_value_loss(
     if score.requires_grad:
         raise InvalidArgument("expectile_value_loss: score is a constant, of the target critics; detach it")
     difference = score - value
+    if valid is not None:  # before it is squared: 0 * NaN is NaN in the gradient
+        difference = difference.masked_fill(~valid, 0.0)
     return masked_mean(torch.where(difference > 0, expectile, 1.0 - expectile) * difference.square(), valid)
 
 

@@ -220,6 +220,30 @@ def test_a_record_of_another_policy_is_refused():
     assert all(torch.equal(v, before[n]) for n, v in other.state_dict().items())
 
 
+def test_a_record_of_nearly_the_same_policy_is_refused_and_leaves_no_gradient():
+    """Under any policy the mean ratio is near 1: that alone would let weights pass that differ by a tenth."""
+    policy, algorithm = make_policy(), make_algorithm()
+    critic = shared(policy)
+    buffer = filled(policy, critic, algorithm)
+    other = copy.deepcopy(policy)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * p.std(correction=0) * torch.randn_like(p))
+    rows = buffer.rows(torch.arange(N * S))
+    stats = algorithm.loss(other, other.condition(other.features(rows.obs)), algorithm.minibatch(rows.record), rows.advantage).stats  # fmt: skip
+    assert abs(float(stats["ratio"]) - 1.0) < 1e-2 and float(stats["clip_fraction"]) > 0.05
+    learner = Learner(other, critic, algorithm, UpdateConfig(epochs=1, batch_size=30))
+    with pytest.raises(StaleRecord, match="KL 0"):
+        learner.update(buffer, train_actor=True)
+    for p in learner.actor_parameters:
+        p.grad = torch.full_like(p, 1e3)  # as the refused minibatch may have left
+    before = copy.deepcopy(other.state_dict())
+    learner.update(buffer, train_actor=False)
+    assert all(p.grad is None for p in learner.actor_parameters)
+    assert all(torch.equal(v, before[n]) for n, v in other.state_dict().items())
+
+
 def test_behaviour_cloning_needs_a_base_and_pulls_towards_it():
     policy, algorithm = make_policy(), make_algorithm(bc_weight=1.0)
     critic = shared(policy)

@@ -226,6 +226,16 @@ def test_the_best_candidate_or_one_by_its_weight():
     torch.testing.assert_close(share, torch.tensor([0.3, 0.7, 0.7]) / 1.7, rtol=0, atol=0.025)
 
 
+def test_rows_that_do_not_count_change_no_gradient():
+    loss, value = torch.rand(3, K, requires_grad=True), torch.zeros(3, requires_grad=True)
+    valid, wrong = torch.tensor([True, False, True]), torch.tensor([1.0, float("nan"), -2.0])
+    weighted_loss(loss, wrong, beta=1.0, valid=valid).loss.backward()
+    expected = torch.tensor([math.e, 0.0, math.exp(-2.0)])[:, None].expand(3, K) / (2 * K)
+    torch.testing.assert_close(loss.grad, expected)
+    expectile_value_loss(value, wrong, expectile=0.5, valid=valid).backward()
+    torch.testing.assert_close(value.grad, torch.tensor([-0.5, 0.0, 1.0]))
+
+
 def test_the_expectile_loss_is_least_at_the_expectile():
     score = torch.randn(500, generator=generator(), dtype=torch.float64)
     value = torch.zeros(1, dtype=torch.float64, requires_grad=True)
