@@ -19,6 +19,7 @@ from minidiff_fast.finetuning.flat import FlatPolicy
 from minidiff_fast.finetuning.learner import Algorithm, Learner, UpdateConfig, condition
 from minidiff_fast.finetuning.reward_scaler import RewardScaler
 from minidiff_fast.finetuning.vector import VectorRunner
+from minidiff_fast.objectives._records import executed_tokens
 from minidiff_fast.training.config import Interval
 from minidiff_fast.training.runtime import Abandoned, Due, Signals, random_state, set_random_state
 
@@ -65,6 +66,13 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.max_iterations is None and self.max_seconds is None:
             raise InvalidArgument("LoopConfig: max_iterations or max_seconds must be given, else the run never ends")
+        for name, least in (("max_iterations", 1), ("chunk_steps", 1), ("critic_warmup", 0), ("cameras", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InvalidArgument(f"LoopConfig: {name} must be an int >= {least}, got {value!r}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InvalidArgument(f"LoopConfig: {name} must be in [0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,10 @@ class Finetuner:
         config: constants.
         base: a frozen copy of the policy, where the algorithm needs one.
         device: where the policy lies.
+
+    Raises:
+        InvalidArgument: parts that do not go together: executed tokens that are not the scored ones, environments with
+            other actions, a form of the update that the algorithm does not have.
     """
 
     def __init__(
@@ -154,6 +166,7 @@ class Finetuner:
         shadow = self.base if config.peer_passes else None
         self.flat = FlatPolicy(self.policy, shadow) if config.update.flat_pairs else None
         self._check_forms()
+        self._check_actions(envs)
         self.learner = Learner(self.policy, self.critic, algorithm, config.update, base=self.base, shadow=shadow)
         self.runner = VectorRunner(envs, counters=self.counters)
         self.buffer = RolloutBuffer(
@@ -257,28 +270,37 @@ class Finetuner:
         An observation is encoded once, for its action, its log-probabilities and its value. The observation that an
         episode was cut at, and the last ones of the rollout, are encoded for their value alone.
         """
-        if self._obs is None:
-            self._obs = self.runner.reset(seed=(self.config.seed * 1_000_003 + self.iteration * 10_007) % 2**31)
+        seen = self._begin() if self._obs is None else self._obs
+        self._obs = None  # whatever is raised on the way: the next collection begins new episodes
         self.buffer.clear()
         episodes: list[tuple[float, bool | None]] = []
         for _ in range(self.config.chunk_steps):
-            obs = self._tensors(self._obs)
+            obs = self._tensors(seen)
             decision, value = self._decide(obs)
             start, stop = self.config.executed or (0, decision.actions.shape[1])
             actions = self.module.denormalize_actions(decision.actions)[:, start:stop]
             result = self.runner.step(actions.float().cpu().numpy())
             self.buffer.add(
-                self._obs, record=decision.record, reward=result.reward, terminated=result.terminated,
+                seen, record=decision.record, reward=result.reward, terminated=result.terminated,
                 truncated=result.truncated, value=value, final_value=self._final_value(result), valid=result.valid,
                 env_steps=result.env_steps,
             )  # fmt: skip
             episodes += self._ended(result)
-            self._obs = result.obs
-        last = self._value(self._tensors(self._obs))
+            seen = result.obs
+        last = self._value(self._tensors(seen))
         self.buffer.finish(last, gamma=self.config.gamma, lam=self.config.gae_lambda, scaler=self.scaler)
         if self.config.rescore:
             self._rescore()
+        self._obs = seen
         return episodes
+
+    def _begin(self) -> dict[str, np.ndarray]:
+        """New episodes in all environments; what was under way counts nowhere any more."""
+        self._return[:] = 0.0
+        if self.scaler is not None:
+            self.scaler.begin()
+        # A resumed run starts elsewhere than it began; the factor keeps clear of the seeds of evaluations.
+        return self.runner.reset(seed=(self.config.seed * 1_000_003 + self.iteration * 1_000_033) % 2**31)
 
     def _decide(self, obs: dict[str, Tensor]) -> tuple[Any, Tensor]:
         """Actions, record and value from one encoder pass; from one for each denoising step in the flat form."""
@@ -320,6 +342,25 @@ class Finetuner:
         if config.peer_passes and (self.base is None or not config.update.flat_pairs):
             raise InvalidArgument("LoopConfig: peer_passes goes with flat_pairs and needs base, the frozen network")
 
+    def _check_actions(self, envs: Any) -> None:
+        """Tokens that are scored, those that are executed, and the actions of the environments are the same."""
+        shape = getattr(self.algorithm, "shape", None)
+        if shape is None:
+            return
+        start, stop = self.config.executed or (0, shape[0])
+        scored = range(shape[0])[executed_tokens(getattr(self.algorithm, "act_steps", None))]
+        if scored != range(start, stop):
+            raise InvalidArgument(
+                f"LoopConfig: executed must be act_steps of {type(self.algorithm).__name__}, the tokens "
+                f"[{scored.start}, {scored.stop}) that are scored, got [{start}, {stop})"
+            )
+        expected, has = (len(scored), *shape[1:]), envs.single_action_space.shape
+        if has != expected:
+            raise InvalidArgument(
+                f"Finetuner: envs must take actions {list(expected)}, the chunks of "
+                f"{type(self.algorithm).__name__}, got {envs.single_action_space}"
+            )
+
     def _final_value(self, result: Any) -> Tensor:  # [N]
         """V of the observations at which episodes were cut; 0 elsewhere."""
         found = torch.zeros(self.buffer.envs)
@@ -346,7 +387,9 @@ class Finetuner:
         return found
 
     def _tensors(self, obs: Any) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(values).to(self.device) for name, values in obs.items()}
+        """As the buffer keeps them, so that the policy acts on what it learns from."""
+        tensors = {name: torch.as_tensor(values).to(self.device) for name, values in obs.items()}
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     # ------------------------------------------------------------------ ends, checks, state
 

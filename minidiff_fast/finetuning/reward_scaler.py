@@ -76,6 +76,10 @@ class RewardScaler:
         self._take_in(sums[counts])
         return (clean / self.std).clamp(-self.clip, self.clip).to(reward.dtype)
 
+    def begin(self) -> None:
+        """Forget the episodes under way, of which no further reward will come."""
+        self._carry = None
+
     def _take_in(
         self,
         sums: Tensor,  # [n] float64

@@ -216,6 +216,62 @@ def test_nan_rewards_leave_everything_as_it_was():
     assert tuner.iteration == 0
 
 
+def test_after_an_error_new_episodes_begin():
+    """The observations of a rollout that was given up are not those of the environments any more."""
+    faults = [True]
+
+    class Once(Point):
+        def step(self, action):
+            seen, reward, *rest = super().step(action)
+            return (seen, float("nan") if self.steps == 3 and faults and faults.pop() else reward, *rest)
+
+    env = make_vector([lambda: ActionChunk(Once(limit=1000), L)] * N)
+    tuner = make(loop_config(reward_scaling=True), env=env)
+    with pytest.raises(RolloutError, match="reward nan"):
+        tuner.iterate()
+    tuner._collect()
+    fresh = make(loop_config(reward_scaling=True))
+    fresh.generator.set_state(torch.Generator().manual_seed(0).get_state())
+    at = np.stack([each.unwrapped.at for each in env.envs])
+    np.testing.assert_array_equal(tuner._obs["observation"][:, 0], at)
+    assert (tuner.buffer.obs["observation"][0, :, 0].numpy() == fresh.runner.reset(seed=0)["observation"][:, 0]).all()
+
+
+def test_a_resumed_run_begins_on_no_start_of_an_evaluation():
+    tuner, seeds = make(loop_config()), []
+    tuner.runner.reset = lambda seed: seeds.append(seed)
+    for tuner.iteration in range(2000):
+        tuner._begin()
+    assert seeds[0] == 0 and all(seed > 300_000 for seed in seeds[1:]) and len(set(seeds)) == 2000
+
+
+def test_the_sum_of_an_abandoned_episode_is_forgotten():
+    tuner = make(loop_config(reward_scaling=True))
+    tuner._collect()
+    assert bool(tuner.scaler._carry.any()) and bool(tuner._return.any())
+    tuner._begin()
+    assert tuner.scaler._carry is None and not tuner._return.any()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_observations_in_float64_are_those_of_the_buffer(flat):
+    class Double(Point):
+        observation_space = gymnasium.spaces.Box(-10.0, 10.0, (2,), np.float64)
+
+        def reset(self, **options):
+            seen, info = super().reset(**options)
+            return seen.astype(np.float64) + 1e-9, info
+
+        def step(self, action):
+            seen, *rest = super().step(action)
+            return (seen.astype(np.float64) + 1e-9, *rest)
+
+    env = make_vector([lambda: ActionChunk(Double(limit=1000), L)] * N)
+    tuner = make(loop_config(update={"flat_pairs": flat}), env=env)
+    assert tuner.iterate().iteration == 1
+    assert all(value.dtype == torch.float32 for value in tuner._tensors(tuner._obs).values())
+
+
 def test_a_diverged_run_saves_nothing():
     saved = []
     tuner = make(loop_config(save=Interval(1, None), update={"actor_lr": 1e30, "target_kl": None}))
@@ -245,8 +301,15 @@ def test_the_policy_acts_and_learns_in_eval_mode():
 def test_options_that_do_not_go_together():
     with pytest.raises(InvalidArgument, match="max_iterations or max_seconds"):
         LoopConfig()
+    for name, value in {"gamma": 1.5, "gae_lambda": -0.1, "chunk_steps": 0, "critic_warmup": -1}.items():
+        with pytest.raises(InvalidArgument, match=f"LoopConfig: {name} must be"):
+            loop_config(**{name: value})
     with pytest.raises(InvalidArgument, match="peer_passes"):
         make(loop_config(peer_passes=True))
+    with pytest.raises(InvalidArgument, match=r"tokens \[0, 2\) that are scored, got \[1, 3\)"):
+        make(loop_config(executed=(1, 3)))
+    with pytest.raises(InvalidArgument, match=r"must take actions \[2, 2\].*got Box"):
+        make(loop_config(), env=make_vector([lambda: ActionChunk(Point(), 3)]))
 
 
 def test_environments_in_processes_give_the_same_rollout():
