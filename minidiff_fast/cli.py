@@ -219,7 +219,8 @@ def run_finetune(config: FinetuneConfig) -> int:
         f"{total.env_steps} environment steps, {total.encoder_passes} encoder passes, {total.denoiser_rows} denoiser "
         f"rows, {total.restarts} restarts"
     )
-    print(f"run: {config.out}; score it: minidiff-fast eval pusht --checkpoint {config.out} --sampler stochastic")
+    options = f"--checkpoint {config.out} --sampler stochastic --min-std {config.min_std:g} --variant {config.variant}"
+    print(f"run: {config.out}; score it: minidiff-fast eval pusht {options}")
     return 0
 
 

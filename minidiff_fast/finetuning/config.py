@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from minidiff_fast.tasks.pusht.policy import InvalidOption
 from minidiff_fast.training.config import Interval, parse_duration, parse_interval
@@ -19,9 +19,9 @@ class FinetuneConfig:
     """Fine-tune a Push-T policy by reinforcement learning.
 
     An iteration collects --chunk-steps decisions (action chunks) from each of --envs environments, and makes --epochs
-    passes over them in minibatches of --batch-size decisions with all their --k samples. Each observation is encoded
-    once for collecting and once an epoch, whatever K is. With --flat-pairs every (decision, sample) pair encodes its
-    own, as the published code of these methods does.
+    passes over them in minibatches of --batch-size decisions with their K samples each, or --k of them. An observation
+    is encoded once for collecting and once an epoch, whatever K is, and so by the value function's own encoder. With
+    --flat-pairs every (decision, sample) pair encodes its own, as the published code of these methods does.
 
     The policy is trained on progress towards the goal and a bonus at success; evaluations report the stock score.
     """
@@ -29,19 +29,17 @@ class FinetuneConfig:
     checkpoint: str
     """Where to start: a checkpoint folder or a run folder of train or finetune."""
     algo: Algo = "dppo"
-    """dppo: PPO over the denoising chain. fpo: flow policy optimisation. reinflow: PPO over a flow's steps with learned
-    noise (flow policies only). awr: advantage-weighted regression."""
+    """dppo: PPO over denoising chains. fpo: PPO of denoising losses. reinflow: PPO over flows. awr: weighted BC."""
     out: str = "runs/finetune"
     """Run folder: checkpoints, metrics.jsonl, logs. It must be empty or not exist, unless --resume."""
     variant: Literal["stock", "time-limit", "near-goal"] = "stock"
-    """The task: stock Push-T (300 steps), with a limit of 100 steps, or starting near the goal."""
+    """The task: stock Push-T (300 steps), a limit of 100 steps, or starts near the goal with that limit."""
     which: Literal["last", "best"] = "last"
     """Of a run folder, which checkpoint to start from."""
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights of the checkpoint, or those of its last step."""
     budget: str | None = None
-    """Training time (90s, 5m, 1h) with collecting, without evaluations and checkpoints. 10m if --max-iterations is not
-    given."""
+    """Time to collect and learn (90s, 5m, 1h), without evaluations. Neither this nor --max-iterations: 10m."""
     max_iterations: int | None = None
     """Iterations."""
     envs: int = 80
@@ -53,11 +51,11 @@ class FinetuneConfig:
     denoising_steps: int | None = None
     """D, steps of the sampler, in place of the checkpoint's number of inference steps."""
     fine_tuned_steps: int | None = None
-    """dppo: K, the last steps of the chain that are trained; the first D - K run a frozen copy. None: all."""
+    """dppo: K, the last steps of the chain, which are trained; the first D - K run a frozen copy. None: all."""
     samples: int = 8
     """fpo, awr: K, (noise, time) pairs of a decision."""
     k: int | None = None
-    """How many of a decision's K a minibatch takes, drawn anew for each; None: all."""
+    """How many of a decision's K a minibatch takes, drawn anew each time; None: all. Not for reinflow."""
     epochs: int = 5
     """Passes over the decisions of an iteration."""
     batch_size: int = 1000
@@ -83,12 +81,11 @@ class FinetuneConfig:
     clip_base: float = 0.01
     """dppo: clip range at the noisiest fine-tuned step."""
     min_std: float = 0.04
-    """dppo: lower bound of the standard deviation of a denoising step, in normalised actions: exploration. Of a flow
-    policy, which has no noise of its own, it is the standard deviation."""
+    """Least standard deviation of a step in collecting, in normalised actions. reinflow learns up to 2.4 times it."""
     awr_beta: float = 1.0
     """awr: inverse temperature of the weights exp(beta A)."""
     target_kl: float = 1.0
-    """The policy stops learning from an iteration once a minibatch's KL is above this."""
+    """The policy stops learning from an iteration once a minibatch's KL is above this (awr: has none)."""
     bc_weight: float = 0.0
     """dppo, reinflow: weight of the term that keeps the policy near the one it began as."""
     reward_scaling: bool = False
@@ -105,7 +102,7 @@ class FinetuneConfig:
     eval_seed: int = 200_000
     """First start of these evaluations, other starts than the 100000.. on which results are reported."""
     eval_sampler: Literal["deterministic", "stochastic"] = "deterministic"
-    """Act without noise in evaluations, or as in collecting."""
+    """Evaluations: no noise after the initial one, or the noise of --min-std at every step."""
     checkpoint_every: str = "5m"
     """How often to write a checkpoint: 20 (iterations), 2m (training time), none; always at the end."""
     keep: int = 2
@@ -141,8 +138,10 @@ class FinetuneConfig:
         for name in ("gamma", "gae_lambda", "gamma_denoising"):
             if getattr(self, name) > 1.0:
                 raise InvalidOption(f"{_flag(name)} must be at most 1, got {getattr(self, name)}")
-        if self.algo not in get_args(Algo):
-            raise InvalidOption(f"--algo must be one of {', '.join(get_args(Algo))}, got {self.algo!r}")
+        for name, annotation in get_type_hints(FinetuneConfig).items():
+            choices = get_args(annotation)
+            if get_origin(annotation) is Literal and getattr(self, name) not in choices:
+                raise InvalidOption(f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.log not in ("tensorboard", "none"):
             raise InvalidOption(f"--log must be tensorboard or none, got {self.log!r}")
         if self.peer_passes and not self.flat_pairs:

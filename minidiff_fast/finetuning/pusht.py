@@ -14,6 +14,7 @@ from minidiff_fast.finetuning.config import RESUMABLE, FinetuneConfig
 from minidiff_fast.tasks.pusht.policy import (
     ACTION_DIM,
     LOW_DIM_ENTRIES,
+    InvalidOption,
     PolicyConfig,
     build_process,
     build_transitions,
@@ -39,6 +40,7 @@ def finetune_pusht(
     Raises:
         RunFolderError: the run folder cannot be written, or holds something and ``resume`` is False.
         CheckpointError: no checkpoint to start from, or it does not fit the algorithm or the options of the run.
+        InvalidOption: options that do not fit the checkpoint's sampler.
         MissingDependency: a package is not installed.
     """
     check_run_folder(Path(config.out), resume=config.resume)
@@ -98,6 +100,7 @@ class _Run:
         self.config, self.shapes, self.device = config, shapes, device
         self.interval = config.interval("eval_every")
         algorithm = build_algorithm(config, shapes, policy)
+        check_k(config, algorithm)
         frozen = config.bc_weight > 0.0 or config.peer_passes
         frozen = frozen or (config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps)
         update = UpdateConfig(
@@ -226,6 +229,16 @@ def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffus
 
     weights = AWRConfig(beta=config.awr_beta, samples=config.samples, min_sampling_std=config.min_std)
     return AWR(transitions, process, shape, weights, act_steps=act_steps)
+
+
+def check_k(config: FinetuneConfig, algorithm: Any) -> None:
+    """Raise :class:`InvalidOption` where a minibatch cannot take ``--k`` of a decision's K, before anything runs."""
+    if config.k is None or config.algo == "awr":  # which draws as many as it is told
+        return
+    most = config.samples if config.algo == "fpo" else algorithm.steps
+    if config.k > most or (config.algo == "reinflow" and config.k != most):
+        expected = f"in [1, {most}]" if config.algo != "reinflow" else f"{most}, as a chain has one ratio,"
+        raise InvalidOption(f"--k must be {expected} with --algo {config.algo}, got {config.k}")
 
 
 LOG_PROB_HIGH = 5.0

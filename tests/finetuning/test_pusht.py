@@ -93,6 +93,7 @@ def test_from_the_command_line_with_tensorboard_and_evaluations(cloned, tmp_path
     assert main(["finetune", "pusht", "--checkpoint", cloned, "--out", str(out), *options.split()]) == 0
     printed = capsys.readouterr().out
     assert "encoder passes" in printed and "environment steps" in printed
+    assert "--sampler stochastic --min-std 0.04 --variant near-goal" in printed
     assert list((out / "logs").glob("events*"))
     assert [row["step"] for row in read_metrics(out) if row["kind"] == "eval"] == [1, 2]
     assert (out / "checkpoints" / "best").is_file()
@@ -159,6 +160,10 @@ def test_the_samplers_of_fine_tuning_act(cloned):
         ({"budget": "5 parsecs"}, "--budget"),
         ({"eval_every": "often"}, "--eval-every"),
         ({"out": " "}, "--out"),
+        ({"device": "tpu"}, "--device"),
+        ({"critic": "none"}, "--critic"),
+        ({"weights": "emma"}, "--weights"),
+        ({"eval_sampler": "scheduler"}, "--eval-sampler"),
     ],
 )
 def test_wrong_options_are_named(options, text):
@@ -170,6 +175,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(cloned, cloned_
     out = tmp_path / "run"
     with pytest.raises(CheckpointError, match="flow policies"):
         finetune_pusht(config(cloned, out, algo="reinflow"))
+    for start, options in ((cloned_flow, {"algo": "reinflow", "k": 2}), (cloned, {"k": 4}), (cloned, {"algo": "fpo", "k": 9})):  # fmt: skip
+        with pytest.raises(InvalidOption, match=f"--k must be .*got {options['k']}"):
+            finetune_pusht(config(start, out, **options))
     with pytest.raises(CheckpointError, match="no such folder"):
         finetune_pusht(config(str(tmp_path / "nowhere"), out))
     assert not out.exists()
