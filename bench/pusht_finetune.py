@@ -1,6 +1,6 @@
 """Does fine-tuning by reinforcement learning gain on Push-T, and over the same processor time of more imitation?
 
-    python bench/pusht_finetune.py [--work DIR] [--out DIR] [--seeds 3] [--budget 4m] [--variant near-goal] ...
+    python bench/pusht_finetune.py [--work DIR] [--out DIR] [--seeds 3] [--budget 5m] [--variant near-goal] ...
 
 For each seed: imitation of 100 demonstrations (``bc``); DPPO from it on stock Push-T (``dppo``) and on a shifted task
 (``dppo-variant``); and the control: the same policy imitates on for the processor time that DPPO took (``control``).
@@ -124,7 +124,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="runs; default: runs/pusht_finetune")
     parser.add_argument("--out", type=Path, help="folder of the results; default: bench/results/<device>")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds; default: 3")
-    parser.add_argument("--budget", type=suites.seconds_of, default=240.0, help="of a fine-tuning run; default: 4m")
+    parser.add_argument(
+        "--budget",
+        type=suites.seconds_of,
+        default=300.0,
+        help="of a DPPO run; default: 5m; half for AWR, FPO, ReinFlow",
+    )
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
     parser.add_argument("--variant", choices=("near-goal", "time-limit"), default="near-goal", help="the shifted task")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each; default: 2")

@@ -42,7 +42,7 @@ class FinetuneConfig:
     """Time to collect and learn (90s, 5m, 1h), without evaluations. Neither this nor --max-iterations: 10m."""
     max_iterations: int | None = None
     """Iterations."""
-    envs: int = 80
+    envs: int = 120
     """Environments N that collect side by side."""
     vector: Literal["sync", "async"] = "sync"
     """In this process, or one process each (worth it for slow environments alone)."""
@@ -56,13 +56,13 @@ class FinetuneConfig:
     """fpo, awr: K, (noise, time) pairs of a decision."""
     k: int | None = None
     """How many of a decision's K a minibatch takes, drawn anew each time; None: all. Not for reinflow."""
-    epochs: int = 5
+    epochs: int = 3
     """Passes over the decisions of an iteration."""
-    batch_size: int = 1000
+    batch_size: int = 2000
     """B, decisions of a minibatch."""
     rows_per_pass: int | None = None
     """Decisions that run at once; less needs less memory, the gradient is the same. None: the whole minibatch."""
-    lr: float = 2e-4
+    lr: float = 3e-4
     """Learning rate of the policy (AdamW)."""
     critic_lr: float = 1e-3
     """Learning rate of the value function (AdamW)."""

@@ -198,7 +198,7 @@ def test_every_run_waits_for_what_it_needs_and_has_its_control(runs):
         assert set(unit.needs) | set(unit.after) <= set(names[:place]), unit.name
     needs = {unit.name: (*unit.needs, *unit.after) for unit in units}
     assert needs["control-1"] == ("bc-1", "dppo-1", "dppo-variant-1")
-    assert needs["control-0"] == ("bc-0", "dppo-0", "dppo-variant-0", "awr-0")
+    assert needs["control-0"] == ("bc-0", "dppo-0", "dppo-variant-0")
     assert needs["flow-control-0"] == ("flow-0", "fpo-0", "reinflow-0")
     assert needs["flat-0"] == ("bc-0", "dppo-0")
     for kind in ("bc", "control", "dppo"):
