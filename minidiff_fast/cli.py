@@ -220,6 +220,12 @@ def run_finetune(config: FinetuneConfig) -> int:
         f"rows, {total.restarts} restarts"
     )
     options = f"--checkpoint {config.out} --sampler stochastic --min-std {config.min_std:g} --variant {config.variant}"
+    if result.reports:
+        last = result.reports[-1]
+        print(
+            f"a rollout holds {last.buffer_bytes / 1e6:.1f} MB, each observation once; {last.flat_buffer_bytes / 1e6:.1f} "
+            "MB with one for every sample"
+        )
     print(f"run: {config.out}; score it: minidiff-fast eval pusht {options}")
     return 0
 

@@ -19,8 +19,8 @@ class FinetuneLog:
     """Rows of kind ``train`` (one an iteration) and ``eval`` in metrics.jsonl; the same numbers in TensorBoard.
 
     A ``train`` row has step (iterations), seconds (training time), wall, cpu_seconds, reward, episodes,
-    episode_return, success, buffer_bytes, the means of the update, and the counters of this iteration and in all
-    (``total_``). An ``eval`` row has what the rows of ``minidiff-fast train`` have, and cpu_seconds.
+    episode_return, success, buffer_bytes, flat_buffer_bytes, the means of the update, and the counters of this
+    iteration and in all (``total_``). An ``eval`` row has what the rows of ``minidiff-fast train`` have, and cpu_seconds.
 
     Args:
         config: of the run; ``config.out`` exists.
@@ -51,7 +51,8 @@ class FinetuneLog:
             {"step": done.iteration, "seconds": done.seconds, "wall": wall, "cpu_seconds": done.cpu_seconds},
             {
                 "reward": done.reward, "episodes": done.episodes, "episode_return": done.episode_return,
-                "success": done.success, "buffer_bytes": done.buffer_bytes, **done.stats, **counted,
+                "success": done.success, "buffer_bytes": done.buffer_bytes, "flat_buffer_bytes": done.flat_buffer_bytes,
+                **done.stats, **counted,
             },
         )  # fmt: skip
         success = "" if done.success is None else f"success {done.success:.2f}, "

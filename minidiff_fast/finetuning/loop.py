@@ -101,6 +101,8 @@ class IterationReport:
     """The same since the run began."""
     buffer_bytes: int
     """What the rollout holds."""
+    flat_buffer_bytes: int
+    """What it would hold with a row, observation included, for every (decision, sample) pair."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ class Finetuner:
             counters=self.counters.since(before),
             total=self.counters.snapshot(),
             buffer_bytes=self.buffer.nbytes["total"],
+            flat_buffer_bytes=self.buffer.flat_nbytes(self._samples(), ("fpo_actions", "awr_actions")),
         )
         self.reports.append(made)
         return made
@@ -398,6 +401,11 @@ class Finetuner:
         if config.max_iterations is not None and self.iteration >= config.max_iterations:
             return True
         return config.max_seconds is not None and self.seconds >= config.max_seconds
+
+    def _samples(self) -> int:
+        """K: steps of a chain, or noisings of a decision."""
+        steps = getattr(self.algorithm, "steps", None)
+        return int(self.algorithm.config.samples if steps is None else steps)  # type: ignore[attr-defined]
 
     def _check_finite(self, stats: dict[str, float]) -> None:
         wrong = [name for name, value in stats.items() if not np.isfinite(value)]

@@ -323,3 +323,10 @@ def test_environments_in_processes_give_the_same_rollout():
             env.close()
         rollouts.append((tuner.buffer.reward.clone(), tuner.buffer.returns.clone()))
     assert torch.equal(rollouts[0][0], rollouts[1][0]) and torch.equal(rollouts[0][1], rollouts[1][1])
+
+
+def test_bytes_are_reported():
+    """A decision: observation 2, chain (K + 1) T A, K log-probabilities, 5 numbers of 4 bytes and 3 flags."""
+    done = make(loop_config()).iterate()
+    assert done.buffer_bytes == S * N * (4 * (2 + (D + 1) * T * A + D + 5) + 3)
+    assert done.flat_buffer_bytes == S * N * D * (4 * (2 + 2 * T * A + 1 + 5) + 3)
