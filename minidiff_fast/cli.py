@@ -223,8 +223,8 @@ def run_finetune(config: FinetuneConfig) -> int:
     if result.reports:
         last = result.reports[-1]
         print(
-            f"a rollout holds {last.buffer_bytes / 1e6:.1f} MB, each observation once; {last.flat_buffer_bytes / 1e6:.1f} "
-            "MB with one for every sample"
+            f"a rollout holds {last.buffer_bytes / 1e6:.1f} MB, each observation once; with one for every sample "
+            f"{last.flat_buffer_bytes / 1e6:.1f} MB"
         )
     print(f"run: {config.out}; score it: minidiff-fast eval pusht {options}")
     return 0

@@ -20,7 +20,7 @@ class FinetuneLog:
 
     A ``train`` row has step (iterations), seconds (training time), wall, cpu_seconds, reward, episodes,
     episode_return, success, buffer_bytes, flat_buffer_bytes, the means of the update, and the counters of this
-    iteration and in all (``total_``). An ``eval`` row has what the rows of ``minidiff-fast train`` have, and cpu_seconds.
+    iteration and in all (``total_``). An ``eval`` row has what those of ``minidiff-fast train`` have, and cpu_seconds.
 
     Args:
         config: of the run; ``config.out`` exists.
