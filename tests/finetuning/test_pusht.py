@@ -143,7 +143,7 @@ def test_where_steps_are_frozen_evaluations_run_the_frozen_policy_there(cloned, 
 
     out, actors = tmp_path / "run", []
     monkeypatch.setattr(training, "PushTActor", lambda *a, **k: actors.append(PushTActor(*a, **k)) or actors[-1])
-    options = {"fine_tuned_steps": 1, "critic_warmup": 0, "lr": 0.05, "eval_every": "2", "eval_episodes": 1}
+    options = {"fine_tuned_steps": 1, "critic_warmup": 0, "lr": 3e-3, "eval_every": "2", "eval_episodes": 1}
     finetune_pusht(config(cloned, out, **options))
     evaluate = ["eval", "pusht", "--checkpoint", str(out), "--episodes", "1", "--max-steps", "3", "--no-progress"]
     assert main([*evaluate, "--sampler", "deterministic"]) == 0
@@ -156,6 +156,8 @@ def test_where_steps_are_frozen_evaluations_run_the_frozen_policy_there(cloned, 
         policy, obs, steps, shape=(3, 2), fine_tuned=1, base=checkpoint.load_policy(cloned)[0], min_std=0.0,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
+    alone = PushTActor(policy, None, info.policy, sampler="deterministic")
+    assert not torch.allclose(alone._sample(obs), chain.actions, atol=1e-4)
     for actor in actors:
         actor._generator.manual_seed(0)
         assert torch.equal(actor._sample(obs), chain.actions)
