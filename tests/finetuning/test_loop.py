@@ -131,6 +131,12 @@ def test_a_shared_critic_has_no_pass_of_its_own():
     assert counters.encoder_passes == S * N * (1 + E) + N and counters.critic_encoder_passes == 0
 
 
+def test_cloning_costs_the_passes_of_the_base_alone():
+    counters = make(loop_config(), base=True, bc_weight=0.1).iterate().counters
+    assert counters.base_encoder_passes == S * N * E
+    assert counters.encoder_passes == level2_encoder_passes(S * N, D, D, E, 1, N, rescoring=False) + S * N * E
+
+
 def test_one_more_pass_for_each_episode_that_was_cut():
     tuner = make(loop_config(), env=envs(limit=5))
     done = tuner.iterate()
