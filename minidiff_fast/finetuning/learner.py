@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,21 @@ class UpdateConfig:
             raise InvalidArgument(f"UpdateConfig: weight_decay must be at least 0, got {self.weight_decay}")
 
 
+class Encoded(NamedTuple):
+    """What one encoder pass gave."""
+
+    features: Tensor
+    """[B, To, Dc]."""
+    cache: Any
+    """Of the algorithm, leading dimension B."""
+
+
+def encode(policy: Any, algorithm: Algorithm, obs: Any) -> Encoded:
+    """One encoder pass, for all that reads the observations in a step."""
+    features = policy.features(obs)
+    return Encoded(features, condition(policy, algorithm, features))
+
+
 def level2_losses(
     policy: Any,
     critic: nn.Module,
@@ -106,10 +121,11 @@ def level2_losses(
     old_value: Tensor,  # [B]
     *,
     value_clip: float | None = None,
+    encoded: Encoded | None = None,
 ) -> tuple[ObjectiveLoss, Tensor]:
-    """Actor and value loss from one encoder pass a decision."""
-    features = policy.features(obs)
-    actor = algorithm.loss(policy, condition(policy, algorithm, features), batch, advantage)
+    """Actor and value loss from one encoder pass a decision, or from none where it is ``encoded`` already."""
+    features, cache = encode(policy, algorithm, obs) if encoded is None else encoded
+    actor = algorithm.loss(policy, cache, batch, advantage)
     return actor, value_loss(critic(obs, features), returns, old_value, clip=value_clip)
 
 
@@ -229,20 +245,22 @@ class Learner:
         record = {name: tensor[part] for name, tensor in rows.record.items()}
         batch = self.algorithm.minibatch(record, k=config.k, generator=generator)
         given = (self.policy, self.critic, self.algorithm, obs, batch, advantage[part], returns, old_value)
+        encoded = None
         if config.flat_pairs:
             actor, value = flat_losses(*given, value_clip=config.value_clip, shadow=self.shadow)
         else:
-            actor, value = level2_losses(*given, value_clip=config.value_clip)
+            encoded = encode(self.policy, self.algorithm, obs)
+            actor, value = level2_losses(*given, value_clip=config.value_clip, encoded=encoded)
         loss, extra = actor.loss + value, {}
         if self.bc_weight > 0.0:
-            cloning = self._cloning(obs, generator)
+            cloning = self._cloning(obs, generator, encoded)
             loss, extra = loss + self.bc_weight * cloning, {"bc_loss": cloning.detach()}
         (share * loss).backward()
         found = {"actor_loss": actor.loss.detach(), "value_loss": value.detach()}
         return {**found, **actor.stats, **extra}
 
-    def _cloning(self, obs: Any, generator: torch.Generator | None) -> Tensor:
-        cache = condition(self.policy, self.algorithm, self.policy.features(obs))
+    def _cloning(self, obs: Any, generator: torch.Generator | None, encoded: Encoded | None = None) -> Tensor:
+        cache = (encode(self.policy, self.algorithm, obs) if encoded is None else encoded).cache
         loss: Tensor = self.algorithm.behaviour_cloning(self.policy, cache, self.base, obs, generator=generator)  # type: ignore[attr-defined]
         return loss
 

@@ -127,7 +127,8 @@ class Finetuner:
     Args:
         policy: a :class:`~minidiff_fast.policy.DiffusionPolicy` or the like: features, condition, denoise,
             denormalize_actions. It is put into eval mode: collecting and scoring see the same network.
-        critic: ``(obs, features) -> [B]``, see :mod:`minidiff_fast.finetuning.critic`.
+        critic: ``(obs, features) -> [B]``, see :mod:`minidiff_fast.finetuning.critic`. In eval mode, too: values of
+            one observation do not depend on augmentation or dropout.
         algorithm: DPPO, FPO, ReinFlow, AWR.
         envs: a gymnasium vector environment whose actions are chunks, see
             :class:`~minidiff_fast.finetuning.chunk.ActionChunk` and
@@ -153,7 +154,7 @@ class Finetuner:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.device, self.algorithm = config, torch.device(device), algorithm
-        self.module, self.critic_module = policy.to(self.device).eval(), critic.to(self.device)
+        self.module, self.critic_module = policy.to(self.device).eval(), critic.to(self.device).eval()
         extra = getattr(algorithm, "module", None)
         if extra is not None:
             extra.to(self.device)

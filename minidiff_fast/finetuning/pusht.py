@@ -14,6 +14,7 @@ from minidiff_fast.finetuning.config import RESUMABLE, FinetuneConfig
 from minidiff_fast.tasks.pusht.policy import (
     ACTION_DIM,
     LOW_DIM_ENTRIES,
+    FrozenStart,
     InvalidOption,
     PolicyConfig,
     build_process,
@@ -71,7 +72,13 @@ def finetune_pusht(
 def _start(config: FinetuneConfig) -> tuple[FinetuneConfig, Path]:
     """The checkpoint that the run begins or goes on from; a resumed run keeps its budget where none is given."""
     if not config.resume:
-        return config, checkpoint.find_checkpoint(config.checkpoint, config.which)
+        found = checkpoint.find_checkpoint(config.checkpoint, config.which)
+        if checkpoint.fine_tuned_steps(checkpoint.read_info(found)) is not None:
+            raise CheckpointError(
+                f"{found}: is not one policy: its first denoising steps run the one that its fine-tuning began with "
+                "(--fine-tuned-steps); --resume goes on with that run"
+            )
+        return config, found
     found = checkpoint.find_checkpoint(config.out)
     begun = checkpoint.read_info(found).train
     if "algo" not in begun:
@@ -101,8 +108,8 @@ class _Run:
         self.interval = config.interval("eval_every")
         algorithm = build_algorithm(config, shapes, policy)
         check_k(config, algorithm)
-        frozen = config.bc_weight > 0.0 or config.peer_passes
-        frozen = frozen or (config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps)
+        part = config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps
+        frozen = part or config.bc_weight > 0.0 or config.peer_passes
         update = UpdateConfig(
             epochs=config.epochs, batch_size=config.batch_size, k=config.k, actor_lr=config.lr,
             critic_lr=config.critic_lr, target_kl=config.target_kl, flat_pairs=config.flat_pairs,
@@ -120,6 +127,7 @@ class _Run:
             policy, build_critic(config, shapes, policy), algorithm, self.envs, loop,
             base=copy.deepcopy(policy) if frozen else None, device=device,
         )  # fmt: skip
+        self.frozen = FrozenStart(self.tuner.base.policy, algorithm.steps) if part else None
         self.store = checkpoint.CheckpointStore(Path(config.out), config.keep)
         self.best, self.earlier_wall = None, 0.0  # type: float | None, float
         if config.resume:
@@ -154,7 +162,7 @@ class _Run:
         config, began = self.config, time.perf_counter()
         result = evaluate_policy(
             tuner.module, self.shapes, sampler=config.eval_sampler, min_std=config.min_std, variant=config.variant,
-            episodes=config.eval_episodes, seed=config.eval_seed, device=self.device,
+            episodes=config.eval_episodes, seed=config.eval_seed, device=self.device, frozen=self.frozen,
         )  # fmt: skip
         self.log.evaluation(
             result, tuner.iteration, tuner.seconds, tuner.cpu_seconds, self._wall(), time.perf_counter() - began

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from minidiff_fast._version import __version__
 from minidiff_fast.errors import CheckpointError, RunFolderError, require
-from minidiff_fast.tasks.pusht.policy import LOW_DIM_ENTRIES, InvalidOption, PolicyConfig, build_policy
+from minidiff_fast.tasks.pusht.policy import LOW_DIM_ENTRIES, FrozenStart, InvalidOption, PolicyConfig, build_policy
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +231,31 @@ def load_policy(
     torch.set_rng_state(state)
     load_weights(policy, checkpoint / (EMA if weights == "ema" else MODEL))
     return policy.to(device).eval(), info
+
+
+def fine_tuned_steps(info: CheckpointInfo) -> int | None:
+    """K where fine-tuning has trained the last K denoising steps alone; None where all of them or none."""
+    steps = info.train.get("fine_tuned_steps")
+    return None if steps is None or steps == info.policy.num_inference_steps else int(steps)
+
+
+def load_frozen(info: CheckpointInfo, *, device: torch.device | str = "cpu") -> FrozenStart | None:
+    """What runs the first denoising steps of a fine-tuned policy, in eval mode; None where it runs all of them itself.
+
+    Raises :class:`CheckpointError` if its weights are not in the checkpoint.
+    """
+    steps = fine_tuned_steps(info)
+    if steps is None:
+        return None
+    policy, _ = load_policy(info.path)  # for its shapes
+    state = load_state(info.path)
+    try:
+        policy.load_state_dict(state["finetuner"]["base"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{info.path / STATE}: holds no weights of the first denoising steps ({first_line(error)})"
+        ) from error
+    return FrozenStart(policy.to(device).eval(), steps)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from minidiff_fast.errors import CheckpointError, DataError, RunFolderError, require
 from minidiff_fast.tasks.pusht.policy import (
+    FrozenStart,
     PolicyConfig,
     PushTActor,
     Sampler,
@@ -97,13 +98,14 @@ def evaluate_policy(
     variant: str | Variant = "stock",
     sampler: Sampler = "scheduler",
     min_std: float = 0.0,
+    frozen: FrozenStart | None = None,
 ) -> EvaluationResult:
-    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples. For ``sampler``
-    and ``min_std`` see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`."""
+    """Evaluate a policy that lies on ``device``, in eval mode; ``seed`` also seeds the action samples. For ``sampler``,
+    ``min_std`` and ``frozen`` see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`."""
     from minidiff_fast.tasks.pusht.evaluation import evaluate
 
     scheduler = build_scheduler(config) if sampler == "scheduler" else None
-    actor = PushTActor(policy, scheduler, config, device, seed, sampler=sampler, min_std=min_std)
+    actor = PushTActor(policy, scheduler, config, device, seed, sampler=sampler, min_std=min_std, frozen=frozen)
     return evaluate(
         actor,
         obs=config.obs,
@@ -146,16 +148,23 @@ def evaluate_checkpoint(
         sampler, min_std: see :class:`~minidiff_fast.tasks.pusht.policy.PushTActor`.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of another observation kind.
+        CheckpointError: the checkpoint is missing, damaged, or of another observation kind; or fine-tuning has trained
+            its last denoising steps alone, and the sampler or the number of steps is another than there.
     """
     if obs is not None:
         check_observation(checkpoint.find_checkpoint(path, which), obs)
     policy, info = checkpoint.load_policy(path, which=which, weights=weights, device=device)
-    steps = num_inference_steps
+    frozen, steps = checkpoint.load_frozen(info, device=device), num_inference_steps
+    if frozen is not None and (sampler == "scheduler" or steps not in (None, info.policy.num_inference_steps)):
+        raise CheckpointError(
+            f"{info.path}: its first denoising steps run the policy that fine-tuning began with (--fine-tuned-steps "
+            f"{frozen.fine_tuned} of {info.policy.num_inference_steps}); evaluate it with --sampler deterministic or "
+            "stochastic and without --num-inference-steps"
+        )
     config = info.policy if steps is None else replace(info.policy, num_inference_steps=steps)
     return evaluate_policy(
         policy, config, episodes=episodes, seed=seed, device=device, progress=progress, record=record,
-        max_steps=max_steps, variant=variant, sampler=sampler, min_std=min_std,
+        max_steps=max_steps, variant=variant, sampler=sampler, min_std=min_std, frozen=frozen,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 
@@ -129,6 +130,12 @@ def test_seven_times_fewer_passes():
 def test_a_shared_critic_has_no_pass_of_its_own():
     counters = make(loop_config(), critic=lambda policy: SharedCritic(ValueHead(2, 16, 1))).iterate().counters
     assert counters.encoder_passes == S * N * (1 + E) + N and counters.critic_encoder_passes == 0
+
+
+def test_cloning_costs_the_passes_of_the_base_alone():
+    counters = make(loop_config(), base=True, bc_weight=0.1).iterate().counters
+    assert counters.base_encoder_passes == S * N * E
+    assert counters.encoder_passes == level2_encoder_passes(S * N, D, D, E, 1, N, rescoring=False) + S * N * E
 
 
 def test_one_more_pass_for_each_episode_that_was_cut():
@@ -291,11 +298,12 @@ def test_an_interrupted_run_is_saved_between_iterations():
     assert saved == [1]
 
 
-def test_the_policy_acts_and_learns_in_eval_mode():
-    tuner = make(loop_config())
-    assert not tuner.module.training
+def test_policy_and_critic_act_and_learn_in_eval_mode():
+    tuner = make(loop_config(), critic=lambda policy: SharedCritic(nn.Sequential(nn.Dropout(0.5), ValueHead(2, 8, 1))))
     tuner.iterate()
-    assert not tuner.module.training
+    assert not tuner.module.training and not tuner.critic_module.training
+    obs = tuner._tensors(tuner._obs)
+    assert torch.equal(tuner._value(obs), tuner._value(obs))
 
 
 def test_options_that_do_not_go_together():

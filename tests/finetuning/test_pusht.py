@@ -17,7 +17,8 @@ from minidiff_fast.cli import main  # noqa: E402
 from minidiff_fast.errors import CheckpointError, RunFolderError  # noqa: E402
 from minidiff_fast.finetuning.config import FinetuneConfig  # noqa: E402
 from minidiff_fast.finetuning.pusht import finetune_pusht  # noqa: E402
-from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig, PushTActor  # noqa: E402
+from minidiff_fast.sampling import sample_chain  # noqa: E402
+from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig, PushTActor, build_transitions  # noqa: E402
 from minidiff_fast.training import checkpoint  # noqa: E402
 from minidiff_fast.training.config import TrainConfig  # noqa: E402
 from minidiff_fast.training.metrics import read_metrics  # noqa: E402
@@ -134,6 +135,35 @@ def test_frozen_steps_and_cloning_run(cloned, tmp_path):
     done = finetune_pusht(config(cloned, tmp_path / "a", fine_tuned_steps=2, bc_weight=0.1, k=1))
     assert done.total.base_encoder_passes > 0
     assert "bc_loss" in done.reports[-1].stats
+
+
+def test_where_steps_are_frozen_evaluations_run_the_frozen_policy_there(cloned, tmp_path, monkeypatch):
+    """As in collecting: the fine-tuned weights were never trained at the first steps."""
+    from minidiff_fast.training import pusht as training
+
+    out, actors = tmp_path / "run", []
+    monkeypatch.setattr(training, "PushTActor", lambda *a, **k: actors.append(PushTActor(*a, **k)) or actors[-1])
+    options = {"fine_tuned_steps": 1, "critic_warmup": 0, "lr": 3e-3, "eval_every": "2", "eval_episodes": 1}
+    finetune_pusht(config(cloned, out, **options))
+    evaluate = ["eval", "pusht", "--checkpoint", str(out), "--episodes", "1", "--max-steps", "3", "--no-progress"]
+    assert main([*evaluate, "--sampler", "deterministic"]) == 0
+    policy, info = checkpoint.load_policy(out)
+    begun, last = weights(cloned), policy.state_dict()
+    assert len(actors) == 2 and any(not torch.equal(begun[name], last[name]) for name in begun)
+    obs = {"keypoints": torch.rand(3, 1, 20).mul(512)}
+    steps = build_transitions(info.policy).deterministic()
+    chain = sample_chain(
+        policy, obs, steps, shape=(3, 2), fine_tuned=1, base=checkpoint.load_policy(cloned)[0], min_std=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    alone = PushTActor(policy, None, info.policy, sampler="deterministic")
+    assert not torch.allclose(alone._sample(obs), chain.actions, atol=1e-4)
+    for actor in actors:
+        actor._generator.manual_seed(0)
+        assert torch.equal(actor._sample(obs), chain.actions)
+    assert main(evaluate) == 2 and main([*evaluate, "--sampler", "stochastic", "--num-inference-steps", "2"]) == 2
+    with pytest.raises(CheckpointError, match="is not one policy"):
+        finetune_pusht(config(str(out), tmp_path / "next"))
 
 
 def test_the_samplers_of_fine_tuning_act(cloned):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -264,6 +264,15 @@ def build_transitions(config: PolicyConfig, *, std: float = 0.0) -> DDIMTransiti
     return DDIMTransitions.from_scheduler(build_scheduler(config), config.num_inference_steps)
 
 
+class FrozenStart(NamedTuple):
+    """What runs the first denoising steps where fine-tuning has trained the last ones alone."""
+
+    policy: DiffusionPolicy
+    """The policy that fine-tuning began with."""
+    fine_tuned: int
+    """K, the last steps, which the fine-tuned policy runs."""
+
+
 class PushTActor:
     """A policy as :func:`minidiff_fast.tasks.pusht.evaluation.evaluate` calls it: observations in, actions
     out.
@@ -282,6 +291,7 @@ class PushTActor:
         sampler: ``scheduler``, or a sampler of fine-tuning (:func:`build_transitions`): ``deterministic`` without
             noise after the initial one, ``stochastic`` with noise at every step.
         min_std: lower bound of the stochastic sampler's standard deviation, in normalised actions.
+        frozen: what runs the first steps; with the samplers of fine-tuning.
     """
 
     def __init__(
@@ -294,6 +304,7 @@ class PushTActor:
         *,
         sampler: Sampler = "scheduler",
         min_std: float = 0.0,
+        frozen: FrozenStart | None = None,
     ) -> None:
         import torch
 
@@ -302,7 +313,12 @@ class PushTActor:
                 f"PushTActor: sampler must be one of {', '.join(get_args(Sampler))}, and a scheduler goes with "
                 f"'scheduler' alone, got {sampler!r} and {type(scheduler).__name__}"
             )
-        self.sampler, self.min_std = sampler, min_std
+        if frozen is not None and sampler == "scheduler":
+            raise InvalidArgument(
+                f"PushTActor: only the last {frozen.fine_tuned} of {config.num_inference_steps} denoising steps were "
+                "fine-tuned; sampler must be 'deterministic' or 'stochastic', got 'scheduler'"
+            )
+        self.sampler, self.min_std, self.frozen = sampler, min_std, frozen
         self.policy, self.scheduler, self.config = policy, scheduler, config
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
@@ -333,7 +349,8 @@ class PushTActor:
             return sampled[:, 0]
         transitions: Any = build_transitions(config, std=self.min_std)
         noisy = self.sampler == "stochastic"
+        base, fine_tuned = (None, None) if self.frozen is None else self.frozen
         return sample_chain(
-            self.policy, obs, transitions if noisy else transitions.deterministic(), shape=shape,
-            min_std=self.min_std if noisy else 0.0, generator=self._generator,
+            self.policy, obs, transitions if noisy else transitions.deterministic(), shape=shape, base=base,
+            fine_tuned=fine_tuned, min_std=self.min_std if noisy else 0.0, generator=self._generator,
         ).actions  # fmt: skip
