@@ -158,10 +158,18 @@ def markdown(document: Record) -> str:
     for row in document["gains"]:
         each = ", ".join(f"{value:+.3f}" for value in row["per_seed"])
         verdict = "gains" if row["gains"] else ("loses" if row["high"] < 0.0 else "no difference shown")
+        verdict += "" if len(row["first"]) > 1 else " (one run)"
         lines.append(
             f"| {row['title']} | {row['variant']} | {len(row['first'])} | {row['mean']:+.3f} | "
             f"[{row['low']:+.3f}, {row['high']:+.3f}] | {each} | {verdict} |"
         )
+    lines += [
+        "",
+        "An interval of one run speaks of its episodes alone, not of other training seeds. The control goes on from the "
+        "same checkpoint, its cosine schedule stretched over the longer run, so that its learning rate rises again to "
+        f"where that schedule is. On {settings['variant']} DPPO trains on the task itself; the demonstrations that the "
+        "control imitates begin at stock starts.",
+    ]
     return "\n".join([*lines, *_cost_lines(document)]) + "\n"
 
 

@@ -52,8 +52,8 @@ class FinetuneConfig:
     """D, steps of the sampler, in place of the checkpoint's number of inference steps."""
     fine_tuned_steps: int | None = None
     """dppo: K, the last steps of the chain, which are trained; the first D - K run a frozen copy. None: all."""
-    samples: int = 8
-    """fpo, awr: K, (noise, time) pairs of a decision."""
+    samples: int | None = None
+    """fpo, awr: K, (noise, time) pairs of a decision. None: 8."""
     k: int | None = None
     """How many of a decision's K a minibatch takes, drawn anew each time; None: all. Not for reinflow."""
     epochs: int = 3
@@ -61,7 +61,8 @@ class FinetuneConfig:
     batch_size: int = 2000
     """B, decisions of a minibatch."""
     rows_per_pass: int | None = None
-    """Decisions that run at once; less needs less memory, the gradient is the same. None: the whole minibatch."""
+    """Decisions that run at once; less needs less memory, the expected gradient is the same. None: the whole
+    minibatch."""
     lr: float = 3e-4
     """Learning rate of the policy (AdamW)."""
     critic_lr: float = 1e-3
@@ -148,11 +149,13 @@ class FinetuneConfig:
             raise InvalidOption("--peer-passes goes with --flat-pairs")
         allowed = {
             "fine_tuned_steps": ("dppo",), "peer_passes": ("dppo",), "bc_weight": ("dppo", "reinflow"),
-            "flat_pairs": ("dppo", "awr"),
+            "flat_pairs": ("dppo", "awr"), "samples": ("fpo", "awr"), "clip": ("dppo", "fpo", "reinflow"),
         }  # fmt: skip
         for name, algos in allowed.items():
             if self.algo not in algos and getattr(self, name):
                 raise InvalidOption(f"{_flag(name)} is an option of {' and '.join(algos)}, got --algo {self.algo}")
+        if self.clip is not None and self.algo == "dppo" and self.clip_base > self.clip:
+            raise InvalidOption(f"--clip-base must be at most --clip {self.clip}, got {self.clip_base}")
         if not self.out.strip() or not self.checkpoint.strip():
             raise InvalidOption("--out and --checkpoint must name folders, got an empty string")
         if self.seed >= 2**31:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from minidiff_fast.finetuning.loop import Finetuner, FinetuneResult, IterationReport
     from minidiff_fast.policy import DiffusionPolicy
 
+DEFAULT_SAMPLES = 8
+"""K of fpo and awr where the options name none."""
 DEFAULT_CLIP = {"dppo": 0.1, "fpo": 0.05, "reinflow": 0.01, "awr": 0.0}
 """Clip range where the options name none."""
 
@@ -168,8 +170,12 @@ class _Run:
             result, tuner.iteration, tuner.seconds, tuner.cpu_seconds, self._wall(), time.perf_counter() - began
         )
         if self.best is None or result.success_rate > self.best:
-            self.best = result.success_rate
-            self._write(tuner, best=True)
+            before, self.best = self.best, result.success_rate
+            try:
+                self._write(tuner, best=True)
+            except BaseException:  # Ctrl-C acts at once here: a best score without its checkpoint would be kept
+                self.best = before
+                raise
 
     def save(self, tuner: Finetuner) -> None:
         """Write a checkpoint."""
@@ -207,7 +213,7 @@ def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffus
         from minidiff_fast.objectives.dppo import DPPO, DPPOConfig
 
         constants = DPPOConfig(
-            clip=clip, clip_base=min(config.clip_base, clip), gamma_denoising=config.gamma_denoising,
+            clip=clip, clip_base=config.clip_base, gamma_denoising=config.gamma_denoising,
             min_sampling_std=config.min_std, min_logprob_std=config.min_std, log_prob_high=LOG_PROB_HIGH,
             bc_weight=config.bc_weight,
         )  # fmt: skip
@@ -231,11 +237,13 @@ def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffus
     if config.algo == "fpo":
         from minidiff_fast.objectives.fpo import FPO, FPOConfig
 
-        scored = FPOConfig(clip=clip, samples=config.samples, min_sampling_std=config.min_std)
+        scored = FPOConfig(clip=clip, samples=config.samples or DEFAULT_SAMPLES, min_sampling_std=config.min_std)
         return FPO(transitions, process, shape, scored, act_steps=act_steps)
     from minidiff_fast.objectives.weighted import AWR, AWRConfig
 
-    weights = AWRConfig(beta=config.awr_beta, samples=config.samples, min_sampling_std=config.min_std)
+    weights = AWRConfig(
+        beta=config.awr_beta, samples=config.samples or DEFAULT_SAMPLES, min_sampling_std=config.min_std
+    )
     return AWR(transitions, process, shape, weights, act_steps=act_steps)
 
 
@@ -243,7 +251,7 @@ def check_k(config: FinetuneConfig, algorithm: Any) -> None:
     """Raise :class:`InvalidOption` where a minibatch cannot take ``--k`` of a decision's K, before anything runs."""
     if config.k is None or config.algo == "awr":  # which draws as many as it is told
         return
-    most = config.samples if config.algo == "fpo" else algorithm.steps
+    most = (config.samples or DEFAULT_SAMPLES) if config.algo == "fpo" else algorithm.steps
     if config.k > most or (config.algo == "reinflow" and config.k != most):
         expected = f"in [1, {most}]" if config.algo != "reinflow" else f"{most}, as a chain has one ratio,"
         raise InvalidOption(f"--k must be {expected} with --algo {config.algo}, got {config.k}")
