@@ -165,10 +165,10 @@ def markdown(document: Record) -> str:
         )
     lines += [
         "",
-        "An interval of one run speaks of its episodes alone, not of other training seeds. The control goes on from the "
-        "same checkpoint, its cosine schedule stretched over the longer run, so that its learning rate rises again to "
-        f"where that schedule is. On {settings['variant']} DPPO trains on the task itself; the demonstrations that the "
-        "control imitates begin at stock starts.",
+        "An interval of one run speaks of its episodes alone, not of other training seeds. The control goes on from "
+        "the same checkpoint, its cosine schedule stretched over the longer run, so that its learning rate rises again "
+        f"to where that schedule is. On {settings['variant']} DPPO trains on the task itself; the demonstrations that "
+        "the control imitates begin at stock starts.",
     ]
     return "\n".join([*lines, *_cost_lines(document)]) + "\n"
 
