@@ -202,7 +202,7 @@ def test_wrong_inputs_are_one_line_and_change_nothing(
     before, run = contents(trained), str(trained / "run")
     train = ["train", "pusht", "--max-steps", "2", *QUICK, *QUIET]
     wrong = {
-        "the command must be one of train, eval": ["fly"],
+        "the command must be one of train, finetune, eval": ["fly"],
         "the task must be pusht": ["train", "chess"],
         "is not empty and nothing is overwritten": [*train, "--data", good, "--out", run],
         "holds no checkpoint": [*train, "--data", good, "--out", str(tmp_path / "empty"), "--resume"],

@@ -195,7 +195,7 @@ def test_metadata(wheel: Path) -> None:
     assert core == {"torch", "triton", "numpy", "einops"}
     assert not [r for r in requires if "@" in r], "a package index refuses direct addresses"
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"train", "pusht", "vision", "flash", "rlbench", "dev", "all"}
+    assert extras == {"train", "pusht", "rl", "vision", "flash", "rlbench", "dev", "all"}
     assert "minidiff-fast = minidiff_fast.cli:main" in metadata(wheel, "entry_points.txt")
 
 
