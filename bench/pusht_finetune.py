@@ -2,11 +2,12 @@
 
     python bench/pusht_finetune.py [--work DIR] [--out DIR] [--seeds 3] [--budget 5m] [--variant near-goal] ...
 
-For each seed: imitation of 100 demonstrations (``bc``); DPPO from it on stock Push-T (``dppo``) and on a shifted task
-(``dppo-variant``); and the control: the same policy imitates on for the processor time that DPPO took (``control``).
-For the first seed also AWR, a flow policy with FPO, ReinFlow and its own control, and DPPO with an encode for every
-denoising step (``flat``) over the same environment steps. Every policy is evaluated with its deterministic and its
-stochastic sampler on 500 unseen starts; which of the two stands for it is decided on 200 others.
+For each seed: imitation of 100 demonstrations and their mirror images (``bc``); DPPO from it on stock Push-T
+(``dppo``) and on a shifted task (``dppo-variant``); and the control: the same policy imitates on for the processor time
+that DPPO took (``control``). For the first seed also AWR, a flow policy with FPO, ReinFlow and its own control, and
+DPPO with an encode for every denoising step (``flat``) over the same environment steps. Every policy is evaluated with
+its deterministic and its stochastic sampler on 500 unseen starts; which of the two stands for it is decided on 200
+others.
 
 Each run is a folder under --work and is done once; run again to go on. Results: pusht_finetune.json, .md and .png in
 --out. Exit code 0: done; 1: a run failed, the rest is there; 2: bad input; 130: interrupted.

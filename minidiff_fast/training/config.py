@@ -42,6 +42,8 @@ class TrainConfig:
     """.npz, zarr folder or .zip, LeRobot folder, lerobot/<name>. None: the package's demonstrations."""
     demo_episodes: int | None = None
     """Train on the first so many episodes of the data. None: all of them."""
+    mirror: bool = False
+    """Train on the mirror image of every episode, too: the task is symmetric about the goal's stem."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy's shapes."""
     batch_size: int = 64

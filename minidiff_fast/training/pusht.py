@@ -60,13 +60,14 @@ def train_pusht(config: TrainConfig, *, on_step: Callable[[int], None] | None = 
     shapes = config.policy
     device = runtime.choose_device(config)
     data = load_pusht(config.data, images=shapes.obs == "image")
+    episodes = first_episodes(config.demo_episodes, data.n_episodes, data.source)
+    if config.mirror:
+        import numpy as np
+
+        episodes = None if episodes is None else np.concatenate([episodes, data.n_episodes + episodes])
+        data = data.with_mirrored()
     windows = PushTWindows(
-        data,
-        shapes.obs,
-        shapes.horizon,
-        shapes.n_obs_steps,
-        shapes.n_action_steps,
-        episodes=first_episodes(config.demo_episodes, data.n_episodes, data.source),
+        data, shapes.obs, shapes.horizon, shapes.n_obs_steps, shapes.n_action_steps, episodes=episodes
     )
     normalizers = windows.normalizers()
     runtime.seed_everything(config.seed)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minidiff_fast.errors import CheckpointError, DataError
+from minidiff_fast.tasks.pusht.data import PushTData, load_pusht
 from minidiff_fast.tasks.pusht.policy import PolicyConfig, PushTActor, build_scheduler
 from minidiff_fast.training.checkpoint import find_checkpoint, load_policy, load_state
 from minidiff_fast.training.config import TrainConfig
@@ -198,6 +199,20 @@ def test_the_first_episodes_are_a_data_set_of_their_own(data: str, tmp_path: Pat
     with pytest.raises(DataError, match=r"--demo-episodes must be at most the 3 episodes of .*walks.npz, got 4"):
         train_pusht(options(data, tmp_path / "many", demo_episodes=4))
     assert not (tmp_path / "many").exists()
+
+
+def test_mirror_images_of_the_chosen_episodes_alone(data: str, tmp_path: Path) -> None:
+    """``mirror`` trains as on a file that holds the episodes and their mirror images."""
+    arrays = load_pusht(data)
+    first = PushTData(state=arrays.state[:55], action=arrays.action[:55], episode_ends=arrays.episode_ends[:2])
+    both, file = first.with_mirrored(), tmp_path / "both.npz"
+    np.savez(file, state=both.state, action=both.action, episode_ends=both.episode_ends)
+    train_pusht(options(data, tmp_path / "mirror", demo_episodes=2, mirror=True))
+    train_pusht(options(str(file), tmp_path / "file"))
+    train_pusht(options(data, tmp_path / "plain", demo_episodes=2))
+    assert losses(tmp_path / "mirror") == losses(tmp_path / "file") != losses(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="--mirror True, got False"):
+        train_pusht(options(data, tmp_path / "mirror", demo_episodes=2, max_steps=20, resume=True))
 
 
 def test_demo_episodes_on_resume(data: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from minidiff_fast.errors import DataError, InvalidArgument, require
 Arrays = dict[str, np.ndarray]
 
 _IMAGE_NAMES = ("img", "image")
+TABLE = 512.0
+"""Width and height of the table, pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +102,33 @@ class PushTData:
             raise InvalidArgument(f"PushTData.episode: index must be in [0, {self.n_episodes}), got {index}")
         return slice(int(self.episode_starts[index]), int(self.episode_ends[index]))
 
+    def with_mirrored(self) -> PushTData:
+        """These episodes, then the mirror image of each: 2 E episodes of the same task.
+
+        The T is symmetric about its stem, which at the goal lies on the diagonal x + y = 512 of the table. Mirrored at
+        it, ``(x, y) -> (512 - y, 512 - x)`` and ``angle -> pi/2 - angle``, a demonstration is one from the mirrored
+        start. (The walls are at 5 and 506, so that next to them the image is off by a pixel.) Keypoints are computed
+        from the mirrored pose: they are points of the block in a fixed order, which mirroring would permute.
+        """
+        state = self.state.copy()
+        state[:, :2], state[:, 2:4] = _mirrored(self.state[:, :2]), _mirrored(self.state[:, 2:4])
+        state[:, 4] = np.mod(np.pi / 2 - self.state[:, 4], 2.0 * np.pi)  # as the environment gives it
+        keypoint = image = None
+        if self.keypoint is not None:
+            from minidiff_fast.tasks.pusht.env import keypoints_from_state
+
+            keypoint = np.concatenate([self.keypoint, keypoints_from_state(state)])
+        if self.image is not None:
+            image = np.concatenate([self.image, self.image[:, ::-1, ::-1].swapaxes(1, 2)])
+        return replace(
+            self,
+            state=np.concatenate([self.state, state]),
+            action=np.concatenate([self.action, _mirrored(self.action)]),
+            episode_ends=np.concatenate([self.episode_ends, self.episode_ends[-1] + self.episode_ends]),
+            image=image,
+            keypoint=keypoint,
+        )
+
     def _real(self, name: str, value: np.ndarray, tail: tuple[int, ...]) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype.kind not in "fiu" or array.ndim != 1 + len(tail) or array.shape[1:] != tail:
@@ -134,6 +163,13 @@ class PushTData:
         if ends[-1] != steps:
             raise DataError(f"{self.source}: the last of episode_ends is {ends[-1]} but there are {steps} steps")
         return ends
+
+
+def _mirrored(
+    points: np.ndarray,  # [..., 2]
+) -> np.ndarray:
+    """``(x, y) -> (512 - y, 512 - x)``. [..., 2]"""
+    return TABLE - points[..., ::-1]
 
 
 def read_npz(path: Path, *, images: bool) -> Arrays:

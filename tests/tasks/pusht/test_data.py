@@ -16,6 +16,7 @@ import torch
 from minidiff_fast.errors import DataError, InvalidArgument, MissingDependency
 from minidiff_fast.tasks.pusht import data as data_module
 from minidiff_fast.tasks.pusht.data import PushTData, PushTWindows, load_pusht, render_states
+from minidiff_fast.tasks.pusht.env import keypoints_from_state, make_env
 from minidiff_fast.tasks.pusht.hub import BLOCK_CORNERS, block_pose
 
 HUMAN = os.environ.get("MINIDIFF_FAST_PUSHT_HUMAN")
@@ -544,9 +545,63 @@ def test_embedded_demonstrations() -> None:
         assert len(PushTWindows(data, obs=obs)) > 0  # type: ignore[arg-type]
 
 
-def test_rendered_frames_are_the_environments() -> None:
-    from minidiff_fast.tasks.pusht.env import make_env
+# --- mirror images -----------------------------------------------------------------------------------------
 
+
+def test_mirrored_episodes_follow_the_recorded_ones() -> None:
+    data = make_data(image=make_frames(60))
+    both = data.with_mirrored()
+    assert both.episode_ends.tolist() == [20, 27, 60, 80, 87, 120] and both.source == data.source
+    assert data.keypoint is not None and both.keypoint is not None and both.image is not None
+    for name in ("state", "action", "keypoint", "image"):
+        assert np.array_equal(getattr(both, name)[:60], getattr(data, name)), name
+    x, y = data.action[:, 0], data.action[:, 1]
+    assert np.array_equal(both.action[60:], np.stack([512 - y, 512 - x], axis=1))
+    assert np.array_equal(both.keypoint[60:], keypoints_from_state(both.state[60:]))
+    again = both.with_mirrored()
+    assert np.allclose(again.state[180:], data.state, atol=1e-4)
+    assert np.allclose(again.action[180:], data.action, atol=1e-4)
+    assert again.image is not None and np.array_equal(again.image[180:], data.image)
+
+
+def test_without_keypoints_frames_or_block_there_is_nothing_to_mirror_of_them() -> None:
+    state = make_arrays()["state"]
+    state[:, 2:] = np.nan
+    both = make_data(state=state, keypoint=None, has_block=False).with_mirrored()
+    assert both.keypoint is both.image is None and not both.has_block
+    assert np.isnan(both.state[:, 2:]).all() and np.isfinite(both.state[:, :2]).all()
+
+
+def test_a_mirrored_demonstration_is_one() -> None:
+    """From the mirrored start the mirrored actions lead through the mirrored states, pushes and all."""
+    data = load_pusht(None)
+    both, env = data.with_mirrored(), make_env()
+    env.reset(seed=0)
+    for index in (0, 3, 8):
+        steps = both.episode(data.n_episodes + index)
+        env.set_state(both.state[steps][0])
+        moved = 0.0
+        for action, expected in zip(both.action[steps][:-1], both.state[steps][1:], strict=True):
+            found, *_, info = env.step(action)
+            turn = np.remainder(found[4] - expected[4] + np.pi, 2 * np.pi) - np.pi
+            assert np.abs(found[:4] - expected[:4]).max() < 0.02 and abs(turn) < 4e-4
+            moved = max(moved, float(np.abs(found[2:4] - both.state[steps][0, 2:4]).max()))
+        assert moved > 20.0, "the block was pushed"
+    env.close()
+
+
+def test_a_mirrored_frame_is_the_frame_of_the_mirrored_state() -> None:
+    pytest.importorskip("gym_pusht")
+    state = load_pusht(None).state[:200:50]
+    ends = np.array([len(state)])
+    data = PushTData(state=state, action=state[:, :2], episode_ends=ends, image=render_states(state)).with_mirrored()
+    assert data.image is not None
+    drawn, mirrored = render_states(data.state[len(state) :]).astype(int), data.image[len(state) :].astype(int)
+    plain = data.image[: len(state)].astype(int)
+    assert np.abs(drawn - mirrored).mean() < 0.25 * np.abs(drawn - plain).mean()
+
+
+def test_rendered_frames_are_the_environments() -> None:
     env = make_env(render=True)
     state, _ = env.reset(seed=5)
     states, frames = [], []
