@@ -21,7 +21,8 @@ Record = dict[str, Any]
 SCRIPT = Path(__file__).with_name("pusht_finetune.py").resolve()
 RECIPE = (
     "--demo-episodes", "100", "--mirror", "--obs", "keypoints", "--horizon", "6", "--n-obs-steps", "1",
-    "--n-action-steps", "6", "--num-inference-steps", "5", "--encoder-width", "256", "--batch-size", "64", "--l2-batch", "8",
+    "--n-action-steps", "6", "--num-inference-steps", "5", "--encoder-width", "256",
+    "--batch-size", "64", "--l2-batch", "8",
 )  # fmt: skip
 """Of imitation."""
 PRETRAIN_STEPS = 4200
