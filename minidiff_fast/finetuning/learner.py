@@ -52,6 +52,8 @@ class UpdateConfig:
 
     epochs: int = 10
     """Passes over the decisions."""
+    critic_epochs: int | None = None
+    """Passes of the critic, at least ``epochs``: those beyond train it alone. None: as many as ``epochs``."""
     batch_size: int = 500
     """B, decisions of a minibatch."""
     k: int | None = None
@@ -78,10 +80,14 @@ class UpdateConfig:
     """Decisions that run at once; less needs less memory, the gradient is the same. None: the whole minibatch."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "k", "rows_per_pass"):
+        for name in ("epochs", "critic_epochs", "batch_size", "k", "rows_per_pass"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"UpdateConfig: {name} must be an int >= 1, got {value!r}")
+        if self.critic_epochs is not None and self.critic_epochs < self.epochs:
+            raise InvalidArgument(
+                f"UpdateConfig: critic_epochs must be at least epochs = {self.epochs}, got {self.critic_epochs}"
+            )
         for name in ("actor_lr", "critic_lr", "grad_clip", "target_kl", "value_clip"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):
@@ -203,13 +209,21 @@ class Learner:
                     self.actor.step()
                     seen.add({"actor_grad_norm": norm})
                 self.actor.zero_grad(set_to_none=True)
-                norm = nn.utils.clip_grad_norm_(self.critic_parameters, config.grad_clip)
-                self.critic_optimizer.step()
-                self.critic_optimizer.zero_grad(set_to_none=True)
-                seen.add({**stats, "critic_grad_norm": norm})
+                seen.add({**stats, "critic_grad_norm": self._step_critic()})
                 first = first and not act
             seen.add({"epochs": torch.tensor(float(epoch + 1))}, keep_last=True)
+        for _ in range(config.epochs, config.critic_epochs or config.epochs):
+            for index in buffer.minibatches(config.batch_size, generator=generator):
+                self._minibatch(buffer.rows(index), False, generator)
+                self._step_critic()
         return seen.result()
+
+    def _step_critic(self) -> Tensor:
+        """One step with the gradients that lie there; their norm."""
+        norm = nn.utils.clip_grad_norm_(self.critic_parameters, self.config.grad_clip)
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _minibatch(self, rows: Any, train_actor: bool, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Gradients of one minibatch, in passes of ``rows_per_pass`` decisions; a mean over all of them."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 8
 """K of fpo and awr where the options name none."""
+DEFAULT_LR = {"dppo": 2e-4, "fpo": 3e-5, "reinflow": 1e-4, "awr": 1e-4}
+"""Learning rate of the policy where the options name none."""
 DEFAULT_CLIP = {"dppo": 0.1, "fpo": 0.05, "reinflow": 0.01, "awr": 0.0}
 """Clip range where the options name none."""
 
@@ -113,7 +115,8 @@ class _Run:
         part = config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps
         frozen = part or config.bc_weight > 0.0 or config.peer_passes
         update = UpdateConfig(
-            epochs=config.epochs, batch_size=config.batch_size, k=config.k, actor_lr=config.lr,
+            epochs=config.epochs, critic_epochs=max(config.epochs, config.critic_epochs),
+            batch_size=config.batch_size, k=config.k, actor_lr=config.lr or DEFAULT_LR[config.algo],
             critic_lr=config.critic_lr, target_kl=config.target_kl, flat_pairs=config.flat_pairs,
             rows_per_pass=config.rows_per_pass,
         )  # fmt: skip

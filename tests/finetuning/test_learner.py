@@ -179,6 +179,27 @@ def test_warm_up_trains_the_critic_alone():
     assert all(p.grad is None for p in policy.parameters())
 
 
+def test_more_passes_of_the_critic_leave_the_policy_alone():
+    policy, algorithm = make_policy(), make_algorithm()
+    critic = own(policy)
+    buffer = filled(policy, critic, algorithm)
+    after = []
+    for more in (None, 5):
+        counters = Counters()
+        learner = Learner(
+            CountedPolicy(copy.deepcopy(policy), counters), CountedCritic(copy.deepcopy(critic), counters, 1), algorithm,
+            UpdateConfig(epochs=2, critic_epochs=more, batch_size=10),
+        )  # fmt: skip
+        stats = learner.update(buffer, train_actor=True, generator=torch.Generator().manual_seed(0))
+        steps = [int(part.state[parameters[0]]["step"]) for part, parameters in (
+            (learner.actor, learner.actor_parameters), (learner.critic_optimizer, learner.critic_parameters))]  # fmt: skip
+        assert steps == [6, 6 if more is None else 15] and stats["epochs"] == 2.0
+        assert counters.denoiser_rows == 2 * N * S * D
+        assert counters.encoder_passes == (2 + (more or 2)) * N * S
+        after.append([p.detach() for p in learner.actor_parameters])
+    assert all(torch.equal(one, other) for one, other in zip(*after, strict=True))
+
+
 def test_passes_of_a_part_of_a_minibatch_add_up_to_its_gradient():
     policy, algorithm = make_policy(), make_algorithm()
     critic = shared(policy)
@@ -268,7 +289,7 @@ def test_feature_width():
     assert feature_width(policy, tensors(observations(1, 0))) == TO * DC
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 1.5}, {"actor_lr": 0.0}, {"target_kl": -1.0}, {"weight_decay": -1.0}])  # fmt: skip
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"critic_epochs": 9}, {"batch_size": 1.5}, {"actor_lr": 0.0}, {"target_kl": -1.0}, {"weight_decay": -1.0}])  # fmt: skip
 def test_update_config_is_checked(wrong):
     with pytest.raises(InvalidArgument, match=next(iter(wrong))):
         UpdateConfig(**wrong)
