@@ -58,8 +58,9 @@ class FinetuneConfig:
     """How many of a decision's K a minibatch takes, drawn anew each time; None: all. Not for reinflow."""
     epochs: int = 3
     """Passes over the decisions of an iteration."""
-    critic_epochs: int = 10
-    """Passes of the value function, --epochs of them together with the policy's. Where it is less, --epochs counts."""
+    critic_epochs: int | None = None
+    """Passes of the value function, --epochs of them together with the policy's. None: 10, or --epochs where a pass
+    encodes images or the policy's features (--critic shared)."""
     batch_size: int = 2000
     """B, decisions of a minibatch."""
     rows_per_pass: int | None = None
@@ -147,6 +148,8 @@ class FinetuneConfig:
                 raise InvalidOption(f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.log not in ("tensorboard", "none"):
             raise InvalidOption(f"--log must be tensorboard or none, got {self.log!r}")
+        if self.critic_epochs is not None and self.critic_epochs < self.epochs:
+            raise InvalidOption(f"--critic-epochs must be at least --epochs {self.epochs}, got {self.critic_epochs}")
         if self.peer_passes and not self.flat_pairs:
             raise InvalidOption("--peer-passes goes with --flat-pairs")
         allowed = {

@@ -115,7 +115,7 @@ class _Run:
         part = config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps
         frozen = part or config.bc_weight > 0.0 or config.peer_passes
         update = UpdateConfig(
-            epochs=config.epochs, critic_epochs=max(config.epochs, config.critic_epochs),
+            epochs=config.epochs, critic_epochs=critic_epochs(config, shapes),
             batch_size=config.batch_size, k=config.k, actor_lr=config.lr or DEFAULT_LR[config.algo],
             critic_lr=config.critic_lr, target_kl=config.target_kl, flat_pairs=config.flat_pairs,
             rows_per_pass=config.rows_per_pass,
@@ -198,6 +198,13 @@ class _Run:
     def close(self) -> None:
         self.log.close()
         self.envs.close()
+
+
+def critic_epochs(config: FinetuneConfig, shapes: PolicyConfig) -> int:
+    """Passes of the value function: as named, or more than the policy's where they are cheap."""
+    if config.critic_epochs is not None:
+        return config.critic_epochs
+    return config.epochs if config.critic == "shared" or shapes.obs == "image" else max(config.epochs, 10)
 
 
 def executed_tokens(shapes: PolicyConfig) -> tuple[int, int]:

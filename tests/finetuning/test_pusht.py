@@ -16,7 +16,7 @@ for module in ("gym_pusht", "diffusers", "safetensors", "accelerate", "tyro", "t
 from minidiff_fast.cli import main  # noqa: E402
 from minidiff_fast.errors import CheckpointError, RunFolderError  # noqa: E402
 from minidiff_fast.finetuning.config import FinetuneConfig  # noqa: E402
-from minidiff_fast.finetuning.pusht import finetune_pusht  # noqa: E402
+from minidiff_fast.finetuning.pusht import critic_epochs, finetune_pusht  # noqa: E402
 from minidiff_fast.sampling import sample_chain  # noqa: E402
 from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig, PushTActor, build_transitions  # noqa: E402
 from minidiff_fast.training import checkpoint  # noqa: E402
@@ -131,6 +131,16 @@ def test_flat_pairs_learn_the_same_with_k_times_the_passes(cloned, tmp_path):
         torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0.02 * moved)
 
 
+def test_cheap_passes_of_the_value_function_are_more(cloned, tmp_path):
+    """Ten of its own encoder on a state, as many as the policy's where each of them encodes something dear."""
+    done = finetune_pusht(config(cloned, tmp_path / "own", max_iterations=1, critic_warmup=0))
+    assert done.total.critic_encoder_passes == 6 + 10 * 6 + 2 and done.total.denoiser_rows > 0
+    state, image = PolicyConfig(obs="state"), PolicyConfig(obs="image")
+    for options, shapes, passes in (({}, state, 10), ({"epochs": 12}, state, 12), ({"critic": "shared"}, state, 2),
+                                    ({}, image, 2), ({"critic_epochs": 4}, image, 4)):  # fmt: skip
+        assert critic_epochs(config(cloned, tmp_path, **options), shapes) == passes
+
+
 def test_frozen_steps_and_cloning_run(cloned, tmp_path):
     done = finetune_pusht(config(cloned, tmp_path / "a", fine_tuned_steps=2, bc_weight=0.1, k=1))
     assert done.total.base_encoder_passes > 0
@@ -184,6 +194,7 @@ def test_the_samplers_of_fine_tuning_act(cloned):
         ({"envs": 0}, "--envs"),
         ({"clip": 0.0}, "--clip"),
         ({"clip": 0.05, "clip_base": 0.1}, "--clip-base"),
+        ({"critic_epochs": 1}, "--critic-epochs must be at least --epochs 2, got 1"),
         ({"algo": "awr", "clip": 0.1}, "--clip"),
         ({"samples": 4}, "--samples"),
         ({"log": "wandb"}, "--log"),
