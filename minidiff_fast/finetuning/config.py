@@ -67,7 +67,7 @@ class FinetuneConfig:
     """Decisions that run at once; less needs less memory, the expected gradient is the same. None: the whole
     minibatch."""
     lr: float | None = None
-    """Learning rate of the policy (AdamW); None: 2e-4 for dppo, 1e-4 for reinflow and awr, 3e-5 for fpo."""
+    """Learning rate of the policy (AdamW); None: 3e-4 for dppo, 1e-4 for the others."""
     critic_lr: float = 1e-3
     """Learning rate of the value function (AdamW)."""
     critic: Literal["own", "shared"] = "own"
@@ -81,7 +81,7 @@ class FinetuneConfig:
     gamma_denoising: float = 0.95
     """dppo: discount of the advantage per denoising step before the last."""
     clip: float | None = None
-    """Clip range of the ratio; None: 0.1 for dppo, 0.05 for fpo, 0.01 for reinflow."""
+    """Clip range of the ratio; None: 0.1 for dppo, 0.002 for fpo, 0.01 for reinflow."""
     clip_base: float = 0.01
     """dppo: clip range at the noisiest fine-tuned step."""
     min_std: float = 0.04
