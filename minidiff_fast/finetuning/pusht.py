@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,22 +129,26 @@ class _Run:
             rescore=config.peer_passes, peer_passes=config.peer_passes, evaluate=self.interval,
             save=config.interval("checkpoint_every"),
         )  # fmt: skip
-        self.envs = build_envs(config, shapes)
-        self.tuner = Finetuner(
-            policy, build_critic(config, shapes, policy), algorithm, self.envs, loop,
-            base=copy.deepcopy(policy) if frozen else None, device=device,
-        )  # fmt: skip
-        self.frozen = FrozenStart(self.tuner.base.policy, algorithm.steps) if part else None
-        self.store = checkpoint.CheckpointStore(Path(config.out), config.keep)
-        self.best, self.earlier_wall = None, 0.0  # type: float | None, float
-        if config.resume:
-            self._resume(found)
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunFolderError(f"--out {config.out}: cannot be written ({error.strerror})") from error
-        self.began = time.perf_counter()
-        self.log = FinetuneLog(config, self.tuner.iteration)
+        with ExitStack() as opened:  # what is open is closed where the rest cannot be built
+            self.envs = build_envs(config, shapes)
+            opened.callback(self.envs.close)
+            self.tuner = Finetuner(
+                policy, build_critic(config, shapes, policy), algorithm, self.envs, loop,
+                base=copy.deepcopy(policy) if frozen else None, device=device,
+            )  # fmt: skip
+            self.frozen = FrozenStart(self.tuner.base.policy, algorithm.steps) if part else None
+            self.store = checkpoint.CheckpointStore(Path(config.out), config.keep)
+            self.best, self.earlier_wall = None, 0.0  # type: float | None, float
+            if config.resume:
+                self._resume(found)
+            try:
+                Path(config.out).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunFolderError(f"--out {config.out}: cannot be written ({error.strerror})") from error
+            self.began = time.perf_counter()
+            self.log = FinetuneLog(config, self.tuner.iteration)
+            opened.callback(self.log.close)
+            self._opened = opened.pop_all()
 
     def _resume(self, found: Path) -> None:
         state = checkpoint.load_state(found)
@@ -197,8 +202,7 @@ class _Run:
         return self.earlier_wall + time.perf_counter() - self.began
 
     def close(self) -> None:
-        self.log.close()
-        self.envs.close()
+        self._opened.close()
 
 
 def critic_epochs(config: FinetuneConfig, shapes: PolicyConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,6 +140,22 @@ def test_cheap_passes_of_the_value_function_are_more(cloned, tmp_path):
     for options, shapes, passes in (({}, state, 10), ({"epochs": 12}, state, 12), ({"critic": "shared"}, state, 2),
                                     ({}, image, 2), ({"critic_epochs": 4}, image, 4)):  # fmt: skip
         assert critic_epochs(config(cloned, tmp_path, **options), shapes) == passes
+
+
+def test_environments_are_closed_where_the_rest_cannot_be_opened(cloned, tmp_path, monkeypatch):
+    """Processes of --vector async would live on."""
+    from minidiff_fast.finetuning import log, pusht
+
+    made, build = [], pusht.build_envs
+    monkeypatch.setattr(pusht, "build_envs", lambda *arguments: made.append(build(*arguments)) or made[-1])
+
+    def full(*arguments):
+        raise RunFolderError("no space left")
+
+    monkeypatch.setattr(log, "FinetuneLog", full)
+    with pytest.raises(RunFolderError, match="no space left"):
+        finetune_pusht(config(cloned, tmp_path / "run", vector="async"))
+    assert len(made) == 1 and multiprocessing.active_children() == []
 
 
 def test_frozen_steps_and_cloning_run(cloned, tmp_path):
