@@ -49,7 +49,7 @@ def document(settings: Settings, bench: Bench, units: Sequence[Unit], failed: di
         "settings": asdict(settings),
         "runs": {name: found for name, found in results.items() if "@" not in name},
         "evaluations": {name: found for name, found in results.items() if "@" in name},
-        "failed": failed,
+        "failed": failed, "sources": sorted({found["source"] for found in results.values()}),
     }  # fmt: skip
     for package in ("gymnasium", "gym-pusht", "pymunk", "diffusers"):
         made["versions"][package] = suites._version(package)
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BadInput, OSError) as error:
         print(f"bench/pusht_finetune.py: {error}", file=sys.stderr)
         return 2
-    bench, units, began = Bench(settings, work), plan(settings), time.perf_counter()
+    bench, units, began = Bench(settings, work, suites._source_digest()), plan(settings), time.perf_counter()
 
     def say(text: str) -> None:
         print(f"[{(time.perf_counter() - began) / 60.0:5.1f} min] {text}", flush=True)

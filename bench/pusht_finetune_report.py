@@ -170,6 +170,8 @@ def markdown(document: Record) -> str:
         f"to where that schedule is. On {settings['variant']} DPPO trains on the task itself; the demonstrations that "
         "the control imitates begin at stock starts.",
     ]
+    if len(document.get("sources", ())) > 1:
+        lines += ["", f"**The runs are of {len(document['sources'])} different states of the code.**"]
     return "\n".join([*lines, *_cost_lines(document)]) + "\n"
 
 

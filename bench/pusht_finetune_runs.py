@@ -79,8 +79,8 @@ class Unit(NamedTuple):
 class Bench:
     """The units' work: commands that run in their own process, and where their results lie."""
 
-    def __init__(self, settings: Settings, work: Path) -> None:
-        self.settings, self.work = settings, work
+    def __init__(self, settings: Settings, work: Path, source: str = "") -> None:
+        self.settings, self.work, self.source = settings, work, source
         self.children: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.stopping = False
@@ -104,10 +104,10 @@ class Bench:
         return found
 
     def keep(self, unit: str, result: Record) -> None:
-        """Store a result: whole or not at all."""
+        """Store a result with the hash of the code that gave it: whole or not at all."""
         path = self.work / "results" / f"{unit}.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result) + "\n")
+        temporary.write_text(json.dumps({**result, "source": self.source}) + "\n")
         temporary.replace(path)
 
     def call(self, name: str, command: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ class Bench:
                 self.children.discard(child)
         if code != 0:
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise Failed(f"exit code {code}: {last[0][:200]} ({log})")
+            raise Failed(f"exit code {code}: {last[0][:200]} ({log.relative_to(self.work)})")
 
     def stop(self) -> None:
         """Ask every process to save and end, and start no other."""

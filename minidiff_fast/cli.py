@@ -226,6 +226,10 @@ def run_finetune(config: FinetuneConfig) -> int:
             f"a rollout holds {last.buffer_bytes / 1e6:.1f} MB, each observation once; with one for every sample "
             f"{last.flat_buffer_bytes / 1e6:.1f} MB"
         )
+    if result.iterations <= config.critic_warmup:
+        print(
+            f"the policy is as it was: --critic-warmup {config.critic_warmup} iterations train the value function alone"
+        )
     print(f"run: {config.out}; score it: minidiff-fast eval pusht {options}")
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from minidiff_fast.tasks.pusht.policy import InvalidOption
@@ -20,8 +20,9 @@ class FinetuneConfig:
 
     An iteration collects --chunk-steps decisions (action chunks) from each of --envs environments, and makes --epochs
     passes over them in minibatches of --batch-size decisions with their K samples each, or --k of them. An observation
-    is encoded once for collecting and once an epoch, whatever K is, and so by the value function's own encoder. With
-    --flat-pairs every (decision, sample) pair encodes its own, as the published code of these methods does.
+    is encoded once to act and once in each of these passes, whatever K is; the value function's own encoder sees it
+    once in collecting and in each of --critic-epochs passes. With --flat-pairs every (decision, sample) pair of the
+    --epochs passes encodes its own, as the published code of these methods does.
 
     The policy is trained on progress towards the goal and a bonus at success; evaluations report the stock score.
     """
@@ -59,8 +60,8 @@ class FinetuneConfig:
     epochs: int = 3
     """Passes over the decisions of an iteration."""
     critic_epochs: int | None = None
-    """Passes of the value function, --epochs of them together with the policy's. None: 10, or --epochs where a pass
-    encodes images or the policy's features (--critic shared)."""
+    """Passes over the decisions for the value function: the first --epochs train it with the policy, the rest alone.
+    None: 10, or --epochs if that is more; --epochs for images and with --critic shared, where a pass is dear."""
     batch_size: int = 2000
     """B, decisions of a minibatch."""
     rows_per_pass: int | None = None
@@ -89,7 +90,8 @@ class FinetuneConfig:
     awr_beta: float = 1.0
     """awr: inverse temperature of the weights exp(beta A)."""
     target_kl: float = 1.0
-    """The policy stops learning from an iteration once a minibatch's KL is above this (awr: has none)."""
+    """dppo, fpo, reinflow: the policy stops learning from an iteration once a minibatch's KL is above this. fpo's is
+    one of denoising losses, hundreds of times smaller: 1 never stops it."""
     bc_weight: float = 0.0
     """dppo, reinflow: weight of the term that keeps the policy near the one it began as."""
     reward_scaling: bool = False
@@ -150,14 +152,22 @@ class FinetuneConfig:
             raise InvalidOption(f"--log must be tensorboard or none, got {self.log!r}")
         if self.critic_epochs is not None and self.critic_epochs < self.epochs:
             raise InvalidOption(f"--critic-epochs must be at least --epochs {self.epochs}, got {self.critic_epochs}")
+        if self.max_iterations is not None and self.critic_warmup >= self.max_iterations:
+            raise InvalidOption(
+                f"--critic-warmup must be below --max-iterations {self.max_iterations}, got {self.critic_warmup}: "
+                "every iteration would train the value function alone"
+            )
         if self.peer_passes and not self.flat_pairs:
             raise InvalidOption("--peer-passes goes with --flat-pairs")
         allowed = {
             "fine_tuned_steps": ("dppo",), "peer_passes": ("dppo",), "bc_weight": ("dppo", "reinflow"),
             "flat_pairs": ("dppo", "awr"), "samples": ("fpo", "awr"), "clip": ("dppo", "fpo", "reinflow"),
+            "gamma_denoising": ("dppo",), "clip_base": ("dppo",), "awr_beta": ("awr",),
+            "target_kl": ("dppo", "fpo", "reinflow"),
         }  # fmt: skip
+        default = {field.name: field.default for field in fields(self)}
         for name, algos in allowed.items():
-            if self.algo not in algos and getattr(self, name):
+            if self.algo not in algos and getattr(self, name) != default[name]:
                 raise InvalidOption(f"{_flag(name)} is an option of {' and '.join(algos)}, got --algo {self.algo}")
         if self.clip is not None and self.algo == "dppo" and self.clip_base > self.clip:
             raise InvalidOption(f"--clip-base must be at most --clip {self.clip}, got {self.clip_base}")

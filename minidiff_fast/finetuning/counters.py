@@ -184,7 +184,14 @@ def rows_of(obs: Any) -> int:
 
 
 def flat_encoder_passes(
-    chunk_steps: int, denoise_steps: int, fine_tuned: int, epochs: int, cameras: int, envs: int
+    chunk_steps: int,
+    denoise_steps: int,
+    fine_tuned: int,
+    epochs: int,
+    cameras: int,
+    envs: int,
+    *,
+    critic_epochs: int | None = None,
 ) -> int:
     """Encoder passes of one iteration that encodes the observation for every denoising step (DPPO, Ren et al. 2024).
 
@@ -204,9 +211,11 @@ def flat_encoder_passes(
         epochs: E.
         cameras: C, images per observation.
         envs: n_envs.
+        critic_epochs: passes of the critic; those beyond E add S each. None: E, as in the source.
     """
     _check_formula("flat_encoder_passes", chunk_steps, denoise_steps, fine_tuned, epochs, cameras, envs)
     each = (denoise_steps + fine_tuned) + 2 * fine_tuned + 1 + 3 * epochs * fine_tuned
+    each += max(0, (critic_epochs or 0) - epochs)
     return cameras * (chunk_steps * each + envs)
 
 
@@ -219,6 +228,7 @@ def level2_encoder_passes(
     envs: int,
     *,
     rescoring: bool = True,
+    critic_epochs: int | None = None,
 ) -> int:
     """Encoder passes of one iteration that encodes an observation once for all of its denoising steps.
 
@@ -242,9 +252,11 @@ def level2_encoder_passes(
         cameras: C, images per observation.
         envs: n_envs.
         rescoring: whether the old log-probabilities are computed after sampling, from observations.
+        critic_epochs: passes of the critic; those beyond E add S each. None: E.
     """
     _check_formula("level2_encoder_passes", chunk_steps, denoise_steps, fine_tuned, epochs, cameras, envs)
     each = (1 + int(denoise_steps > fine_tuned)) + int(rescoring) + 1 + 2 * epochs
+    each += max(0, (critic_epochs or 0) - epochs)
     return cameras * (chunk_steps * each + envs)
 
 

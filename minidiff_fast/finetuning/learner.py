@@ -52,8 +52,6 @@ class UpdateConfig:
 
     epochs: int = 10
     """Passes over the decisions."""
-    critic_epochs: int | None = None
-    """Passes of the critic, at least ``epochs``: those beyond train it alone. None: as many as ``epochs``."""
     batch_size: int = 500
     """B, decisions of a minibatch."""
     k: int | None = None
@@ -78,6 +76,8 @@ class UpdateConfig:
     """Train on (decision, denoising step) pairs that each encode their own observation: what the peers do."""
     rows_per_pass: int | None = None
     """Decisions that run at once; less needs less memory, the gradient is the same. None: the whole minibatch."""
+    critic_epochs: int | None = None
+    """Passes of the critic, at least ``epochs``: those beyond train it alone. None: as many as ``epochs``."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "critic_epochs", "batch_size", "k", "rows_per_pass"):
@@ -214,8 +214,8 @@ class Learner:
             seen.add({"epochs": torch.tensor(float(epoch + 1))}, keep_last=True)
         for _ in range(config.epochs, config.critic_epochs or config.epochs):
             for index in buffer.minibatches(config.batch_size, generator=generator):
-                self._minibatch(buffer.rows(index), False, generator)
-                self._step_critic()
+                stats = self._minibatch(buffer.rows(index), False, generator)
+                seen.add({**stats, "critic_grad_norm": self._step_critic()})
         return seen.result()
 
     def _step_critic(self) -> Tensor:

@@ -410,7 +410,8 @@ class Finetuner:
 
     def _check_finite(self, stats: dict[str, float]) -> None:
         wrong = [name for name, value in stats.items() if not np.isfinite(value)]
-        if wrong or not all(bool(p.isfinite().all()) for p in self.learner.actor_parameters):
+        weights = (*self.learner.actor_parameters, *self.learner.critic_parameters)
+        if wrong or not all(bool(p.isfinite().all()) for p in weights):
             raise NonFinite(
                 f"iteration {self.iteration + 1}: {', '.join(wrong) or 'the weights'} became NaN or infinite; nothing "
                 "is saved from here on; try a smaller learning rate"

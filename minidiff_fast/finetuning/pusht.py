@@ -34,7 +34,7 @@ DEFAULT_SAMPLES = 8
 """K of fpo and awr where the options name none."""
 DEFAULT_LR = {"dppo": 3e-4, "fpo": 1e-4, "reinflow": 1e-4, "awr": 1e-4}
 """Learning rate of the policy where the options name none."""
-DEFAULT_CLIP = {"dppo": 0.1, "fpo": 0.002, "reinflow": 0.01, "awr": 0.0}
+DEFAULT_CLIP = {"dppo": 0.1, "fpo": 0.002, "reinflow": 0.01}
 """Clip range where the options name none. FPO's ratio is that of denoising losses: its source's 0.05 is for policies
 whose loss is about 1. After imitation it is about 0.02, and that clip lets the policy unlearn all in one update."""
 
@@ -66,6 +66,7 @@ def finetune_pusht(
     shapes = info.policy
     if config.denoising_steps is not None:
         shapes = replace(shapes, num_inference_steps=config.denoising_steps)
+    config = resolved(config, shapes)
     with threads(config.num_threads):
         seed_everything(config.seed)
         run = _Run(config, shapes, policy, found, device)
@@ -89,6 +90,8 @@ def _start(config: FinetuneConfig) -> tuple[FinetuneConfig, Path]:
     begun = checkpoint.read_info(found).train
     if "algo" not in begun:
         raise CheckpointError(f"{found}: is no run of finetune; --resume goes on with one, --checkpoint begins one")
+    own: dict[str, Any] = {name: begun.get(name) for name in RESOLVED if getattr(config, name) is None}
+    config = replace(config, **own)
     for name, value in config.to_dict().items():
         if name not in RESUMABLE and begun.get(name) != value:
             raise CheckpointError(
@@ -117,10 +120,9 @@ class _Run:
         part = config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps
         frozen = part or config.bc_weight > 0.0 or config.peer_passes
         update = UpdateConfig(
-            epochs=config.epochs, critic_epochs=critic_epochs(config, shapes),
-            batch_size=config.batch_size, k=config.k, actor_lr=config.lr or DEFAULT_LR[config.algo],
-            critic_lr=config.critic_lr, target_kl=config.target_kl, flat_pairs=config.flat_pairs,
-            rows_per_pass=config.rows_per_pass,
+            epochs=config.epochs, critic_epochs=config.critic_epochs, batch_size=config.batch_size, k=config.k,
+            actor_lr=config.lr or DEFAULT_LR[config.algo], critic_lr=config.critic_lr, target_kl=config.target_kl,
+            flat_pairs=config.flat_pairs, rows_per_pass=config.rows_per_pass,
         )  # fmt: skip
         loop = LoopConfig(
             max_iterations=config.max_iterations, max_seconds=config.budget_seconds, chunk_steps=config.chunk_steps,
@@ -205,11 +207,19 @@ class _Run:
         self._opened.close()
 
 
-def critic_epochs(config: FinetuneConfig, shapes: PolicyConfig) -> int:
-    """Passes of the value function: as named, or more than the policy's where they are cheap."""
-    if config.critic_epochs is not None:
-        return config.critic_epochs
-    return config.epochs if config.critic == "shared" or shapes.obs == "image" else max(config.epochs, 10)
+RESOLVED = ("lr", "clip", "critic_epochs")
+"""Options whose None stands for a value that depends on the algorithm or the policy; a run stores the value."""
+
+
+def resolved(config: FinetuneConfig, shapes: PolicyConfig) -> FinetuneConfig:
+    """``config`` with a value for each of :data:`RESOLVED`, but no clip range for awr."""
+    dear = config.critic == "shared" or shapes.obs == "image"
+    values: dict[str, Any] = {
+        "lr": DEFAULT_LR[config.algo],
+        "clip": DEFAULT_CLIP.get(config.algo),
+        "critic_epochs": config.epochs if dear else max(config.epochs, 10),
+    }
+    return replace(config, **{name: values[name] for name in RESOLVED if getattr(config, name) is None})
 
 
 def executed_tokens(shapes: PolicyConfig) -> tuple[int, int]:
@@ -223,7 +233,7 @@ def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: Diffus
     Raises :class:`CheckpointError` where it needs another kind of policy.
     """
     shape, act_steps = (shapes.horizon, ACTION_DIM), executed_tokens(shapes)
-    clip = DEFAULT_CLIP[config.algo] if config.clip is None else config.clip
+    clip = DEFAULT_CLIP.get(config.algo, 0.0) if config.clip is None else config.clip
     if config.algo == "dppo":
         from minidiff_fast.objectives.dppo import DPPO, DPPOConfig
 
@@ -287,7 +297,11 @@ def build_envs(config: FinetuneConfig, shapes: PolicyConfig) -> Any:
     }
     if shapes.obs == "image":
         entries["image"] = (shapes.n_obs_steps, 96, 96, 3)
-    check_spaces(envs, entries, (shapes.n_action_steps, ACTION_DIM))
+    try:
+        check_spaces(envs, entries, (shapes.n_action_steps, ACTION_DIM))
+    except BaseException:
+        envs.close()
+        raise
     return envs
 
 

@@ -18,8 +18,8 @@ CONTACT_SHEET = "contact_sheet.png"
 CURVES, REPORT_PNG, REPORT_MD = "curves.png", "report.png", "report.md"
 
 _OPTIONS = (
-    "algo", "variant", "envs", "chunk_steps", "epochs", "flat_pairs", "batch_size", "l2_batch", "lr", "budget",
-    "max_steps", "max_iterations", "seed", "data", "demo_episodes", "mirror",
+    "algo", "variant", "envs", "chunk_steps", "epochs", "critic_epochs", "clip", "flat_pairs", "batch_size", "l2_batch",
+    "lr", "budget", "max_steps", "max_iterations", "seed", "data", "demo_episodes", "mirror",
 )  # fmt: skip
 _SHAPES = ("obs", "prediction", "denoiser", "horizon", "n_action_steps", "num_inference_steps")
 

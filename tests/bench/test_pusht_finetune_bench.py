@@ -167,6 +167,8 @@ def test_the_table(report, document):
         "| Level-2 | 9 | 2.00 M | 3.00 M | 60 | 50 |" in costs and "| flat | 9 | 2.00 M | 9.00 M | 90 | 50 |" in costs
     )
     assert "| loses (one run) |" in text and "| no difference shown |" in text
+    assert "states of the code" not in report.markdown({**document, "sources": ["a"]})
+    assert "of 2 different states of the code" in report.markdown({**document, "sources": ["a", "b"]})
 
 
 def test_the_curves_begin_at_the_common_start(report, document):
@@ -306,8 +308,9 @@ def test_a_command_that_fails_says_its_last_line(runs, tmp_path):
 
 
 def test_the_control_trains_on_for_the_processor_time_of_the_longest(runs, tmp_path, monkeypatch):
-    bench = runs.Bench(runs.Settings(), tmp_path)
+    bench = runs.Bench(runs.Settings(), tmp_path, "state of the code")
     bench.keep("bc-0", {"step": 100, "seconds": 60.0, "cpu_seconds": 50.0})
+    assert bench.need("bc-0")["source"] == "state of the code"
     bench.keep("dppo-0", {"cpu_seconds": 120.2})
     bench.keep("awr-0", {"cpu_seconds": 20.0})
     (bench.folder("bc-0") / "checkpoints").mkdir(parents=True)

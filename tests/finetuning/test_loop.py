@@ -121,6 +121,15 @@ def test_encoder_passes_are_those_of_the_formulas(steps):
     assert level2.denoiser_rows == lean.denoiser_rows == S * N * (D + E * steps)
 
 
+def test_more_passes_of_the_critic_are_in_the_formulas():
+    arguments, more = (S * N, D, D, E, 1, N), {"critic_epochs": 5}
+    level2 = make(loop_config(update=more)).iterate().counters
+    peer = make(loop_config(update={"flat_pairs": True, **more}, rescore=True, peer_passes=True), base=True).iterate()
+    assert level2.encoder_passes == level2_encoder_passes(*arguments, rescoring=False, **more)
+    assert peer.counters.encoder_passes == flat_encoder_passes(*arguments, **more)
+    assert level2.encoder_passes - level2_encoder_passes(*arguments, rescoring=False) == S * N * (5 - E)
+
+
 def test_seven_times_fewer_passes():
     assert flat_encoder_passes(1000, 5, 5, 10, 1, 0) / level2_encoder_passes(1000, 5, 5, 10, 1, 0) == pytest.approx(
         7.43, abs=0.01
@@ -279,9 +288,13 @@ def test_observations_in_float64_are_those_of_the_buffer(flat):
     assert all(value.dtype == torch.float32 for value in tuner._tensors(tuner._obs).values())
 
 
-def test_a_diverged_run_saves_nothing():
+@pytest.mark.parametrize(
+    "diverges",
+    [{"actor_lr": 1e30, "target_kl": None}, {"epochs": 1, "batch_size": 1000, "critic_epochs": 2, "critic_lr": 1e30}],
+)
+def test_a_diverged_run_saves_nothing(diverges):
     saved = []
-    tuner = make(loop_config(save=Interval(1, None), update={"actor_lr": 1e30, "target_kl": None}))
+    tuner = make(loop_config(save=Interval(1, None), update=diverges))
     with pytest.raises(NonFinite, match="iteration"):
         tuner.run(save=lambda t: saved.append(t.iteration))
     assert not saved

@@ -17,7 +17,7 @@ for module in ("gym_pusht", "diffusers", "safetensors", "accelerate", "tyro", "t
 from minidiff_fast.cli import main  # noqa: E402
 from minidiff_fast.errors import CheckpointError, RunFolderError  # noqa: E402
 from minidiff_fast.finetuning.config import FinetuneConfig  # noqa: E402
-from minidiff_fast.finetuning.pusht import critic_epochs, finetune_pusht  # noqa: E402
+from minidiff_fast.finetuning.pusht import finetune_pusht, resolved  # noqa: E402
 from minidiff_fast.sampling import sample_chain  # noqa: E402
 from minidiff_fast.tasks.pusht.policy import InvalidOption, PolicyConfig, PushTActor, build_transitions  # noqa: E402
 from minidiff_fast.training import checkpoint  # noqa: E402
@@ -104,14 +104,16 @@ def test_from_the_command_line_with_tensorboard_and_evaluations(cloned, tmp_path
 
 
 def test_a_resumed_run_goes_on(cloned, tmp_path):
-    out = tmp_path / "run"
-    begun = finetune_pusht(config(cloned, out, max_iterations=1))
-    went = finetune_pusht(config(cloned, out, max_iterations=3, resume=True))
+    out, options = tmp_path / "run", {"critic_warmup": 0, "lr": None}
+    begun = finetune_pusht(config(cloned, out, max_iterations=1, **options))
+    stored = checkpoint.read_info(checkpoint.find_checkpoint(out)).train
+    assert (stored["lr"], stored["clip"], stored["critic_epochs"]) == (3e-4, 0.1, 10)
+    went = finetune_pusht(config(cloned, out, max_iterations=3, resume=True, **options | {"lr": 3e-4}))
     assert went.iterations == 3 and len(went.reports) == 2
     assert went.total.env_steps == 3 * begun.total.env_steps
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
     with pytest.raises(CheckpointError, match="--lr"):
-        finetune_pusht(config(cloned, out, resume=True, lr=5e-3))
+        finetune_pusht(config(cloned, out, resume=True, **options | {"lr": 5e-3}))
     with pytest.raises(CheckpointError, match="no run of finetune"):
         finetune_pusht(config(cloned, cloned, resume=True))
 
@@ -139,7 +141,7 @@ def test_cheap_passes_of_the_value_function_are_more(cloned, tmp_path):
     state, image = PolicyConfig(obs="state"), PolicyConfig(obs="image")
     for options, shapes, passes in (({}, state, 10), ({"epochs": 12}, state, 12), ({"critic": "shared"}, state, 2),
                                     ({}, image, 2), ({"critic_epochs": 4}, image, 4)):  # fmt: skip
-        assert critic_epochs(config(cloned, tmp_path, **options), shapes) == passes
+        assert resolved(config(cloned, tmp_path, **options), shapes).critic_epochs == passes
 
 
 def test_environments_are_closed_where_the_rest_cannot_be_opened(cloned, tmp_path, monkeypatch):
@@ -156,6 +158,14 @@ def test_environments_are_closed_where_the_rest_cannot_be_opened(cloned, tmp_pat
     with pytest.raises(RunFolderError, match="no space left"):
         finetune_pusht(config(cloned, tmp_path / "run", vector="async"))
     assert len(made) == 1 and multiprocessing.active_children() == []
+
+
+def test_a_run_of_warm_up_alone_says_so(cloned, tmp_path, capsys):
+    options = (
+        "--budget 0.01s --envs 2 --chunk-steps 2 --epochs 1 --batch-size 4 --eval-every none --log none --no-progress"
+    )
+    assert main(["finetune", "pusht", "--checkpoint", cloned, "--out", str(tmp_path / "run"), *options.split()]) == 0
+    assert "the policy is as it was: --critic-warmup 2 iterations" in capsys.readouterr().out
 
 
 def test_frozen_steps_and_cloning_run(cloned, tmp_path):
@@ -218,6 +228,10 @@ def test_the_samplers_of_fine_tuning_act(cloned):
         ({"algo": "fpo", "flat_pairs": True}, "--flat-pairs"),
         ({"algo": "awr", "bc_weight": 1.0}, "--bc-weight"),
         ({"peer_passes": True}, "--peer-passes"),
+        ({"algo": "fpo", "gamma_denoising": 0.9}, "--gamma-denoising is an option of dppo"),
+        ({"algo": "awr", "target_kl": 0.1}, "--target-kl is an option of dppo and fpo and reinflow"),
+        ({"awr_beta": 2.0}, "--awr-beta is an option of awr"),
+        ({"critic_warmup": 2}, "--critic-warmup must be below --max-iterations 2, got 2"),
         ({"budget": "5 parsecs"}, "--budget"),
         ({"eval_every": "often"}, "--eval-every"),
         ({"out": " "}, "--out"),
