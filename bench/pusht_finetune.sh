@@ -3,7 +3,7 @@
 #
 #   bench/pusht_finetune.sh [options of bench/pusht_finetune.py]        (--help lists them)
 #
-# Stops and resumes: run it again with the same options and it goes on where it was. About 45 minutes on 2 cores.
+# Stops and resumes: run it again with the same options and it goes on where it was. About 50 minutes on 2 cores.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
