@@ -5,12 +5,13 @@
 For each seed: imitation of 100 demonstrations and their mirror images (``bc``); DPPO from it on stock Push-T
 (``dppo``) and on a shifted task (``dppo-variant``); and the control: the same policy imitates on for the processor time
 that DPPO took (``control``). For the first seed also AWR, a flow policy with FPO, ReinFlow and its own control, and
-DPPO with an encode for every denoising step (``flat``) over the same environment steps. Every policy is evaluated with
-its deterministic and its stochastic sampler on 500 unseen starts; which of the two stands for it is decided on 200
-others.
+DPPO with an encode for every denoising step (``flat``) over the same environment steps. What was trained on stock is
+also evaluated with a limit of 100 steps. Every policy is evaluated with its deterministic and its stochastic sampler on
+500 unseen starts; which of the two stands for it is decided on 200 others.
 
 Each run is a folder under --work and is done once; run again to go on. Results: pusht_finetune.json, .md and .png in
---out. Exit code 0: done; 1: a run failed, the rest is there; 2: bad input; 130: interrupted.
+--out (with another --variant pusht_finetune_<variant>.json, ...). Exit code 0: done; 1: a run failed, the rest is
+there; 2: bad input; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def document(settings: Settings, bench: Bench, units: Sequence[Unit], failed: di
         "settings": asdict(settings),
         "runs": {name: found for name, found in results.items() if "@" not in name},
         "evaluations": {name: found for name, found in results.items() if "@" in name},
-        "failed": failed, "sources": sorted({found["source"] for found in results.values()}),
+        "failed": failed, "sources": sorted({found.get("source", "") for found in results.values()}),
     }  # fmt: skip
     for package in ("gymnasium", "gym-pusht", "pymunk", "diffusers"):
         made["versions"][package] = suites._version(package)
@@ -132,7 +133,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of a DPPO run; default: 5m; half for AWR, FPO, ReinFlow",
     )
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
-    parser.add_argument("--variant", choices=("near-goal", "time-limit"), default="near-goal", help="the shifted task")
+    parser.add_argument(
+        "--variant", choices=("near-goal", "time-limit"), default=Settings.variant, help="the shifted task"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each; default: 2")
     parser.add_argument("--budget-scale", type=float, default=1.0, help="a share of steps, time and episodes: 0.02")
     parser.add_argument("--evaluate", nargs=4, metavar=("RUN", "TASK", "FILE", "SETTINGS"), help=argparse.SUPPRESS)
@@ -179,17 +182,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     made = document(settings, bench, units, failed)
-    temporary = out / f"{NAME}.json.tmp"
+    name = NAME if settings.variant == Settings.variant else f"{NAME}_{settings.variant.replace('-', '_')}"
+    temporary = out / f"{name}.json.tmp"
     temporary.write_text(as_text(made), encoding="utf-8")
-    temporary.replace(out / f"{NAME}.json")
+    temporary.replace(out / f"{name}.json")
     text = report.markdown(made)
-    (out / f"{NAME}.md").write_text(text, encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text, end="")
     curves = report.curves(made)
     if curves:
-        report.draw(curves, out / f"{NAME}.png")
-    for name, why in failed.items():
-        print(f"FAILED {name}: {why}", file=sys.stderr)
+        report.draw(curves, out / f"{name}.png")
+    for unit, why in failed.items():
+        print(f"FAILED {unit}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -93,7 +93,7 @@ def successes(document: Record, run: str, variant: str) -> np.ndarray:  # [episo
     return np.asarray(evaluation["test"][best_sampler(evaluation)]["success"], np.float64)
 
 
-def comparisons(seeds: Sequence[int], variant: str) -> list[Comparison]:
+def comparisons(seeds: Sequence[int], variant: str, transfer: str) -> list[Comparison]:
     """What the bench is about; those whose runs are missing are left out by :func:`gains`."""
 
     def runs(kind: str) -> tuple[str, ...]:
@@ -106,6 +106,8 @@ def comparisons(seeds: Sequence[int], variant: str) -> list[Comparison]:
         Comparison("compute-matched BC against its start", runs("control"), runs("bc"), "stock"),
         Comparison(f"DPPO on {variant} against compute-matched BC", runs("dppo-variant"), runs("control"), variant),
         Comparison(f"DPPO on {variant} against its start", runs("dppo-variant"), runs("bc"), variant),
+        Comparison(f"stock's DPPO on {transfer} against compute-matched BC", runs("dppo"), runs("control"), transfer),
+        Comparison(f"stock's DPPO on {transfer} against its start", runs("dppo"), runs("bc"), transfer),
         Comparison("AWR against compute-matched BC", (f"awr-{one}",), (f"control-{one}",), "stock"),
         Comparison("AWR against its start", (f"awr-{one}",), (f"bc-{one}",), "stock"),
         *(
@@ -119,7 +121,8 @@ def comparisons(seeds: Sequence[int], variant: str) -> list[Comparison]:
 def gains(document: Record) -> list[Record]:
     """Every comparison whose runs are all there."""
     found = []
-    for comparison in comparisons(document["settings"]["seeds"], document["settings"]["variant"]):
+    settings = document["settings"]
+    for comparison in comparisons(settings["seeds"], settings["variant"], settings["transfer"]):
         keys = [f"{run}@{comparison.variant}" for run in (*comparison.first, *comparison.second)]
         if any(key not in document["evaluations"] for key in keys):
             continue
@@ -168,7 +171,7 @@ def markdown(document: Record) -> str:
         "An interval of one run speaks of its episodes alone, not of other training seeds. The control goes on from "
         "the same checkpoint, its cosine schedule stretched over the longer run, so that its learning rate rises again "
         f"to where that schedule is. On {settings['variant']} DPPO trains on the task itself; the demonstrations that "
-        "the control imitates begin at stock starts.",
+        f"the control imitates begin at stock starts. On {settings['transfer']} nothing trained but where it says so.",
     ]
     if len(document.get("sources", ())) > 1:
         lines += ["", f"**The runs are of {len(document['sources'])} different states of the code.**"]
@@ -211,7 +214,9 @@ def _grouped(document: Record) -> dict[tuple[str, str], list[str]]:
         run, variant = key.split("@")
         groups.setdefault((kind_of(run), variant), []).append(run)
     order = list(NAMES)
-    return dict(sorted(groups.items(), key=lambda item: (item[0][1] != "stock", order.index(_plain(item[0][0])))))
+    return dict(
+        sorted(groups.items(), key=lambda item: (item[0][1] != "stock", item[0][1], order.index(_plain(item[0][0]))))
+    )
 
 
 def _plain(kind: str) -> str:

@@ -43,6 +43,9 @@ class Settings:
     """Of each fine-tuning run."""
     pretrain_steps: int = PRETRAIN_STEPS
     variant: str = "near-goal"
+    """The shifted task that DPPO also trains on."""
+    transfer: str = "time-limit"
+    """The task that what was trained on stock is also evaluated on."""
     test_seed: int = 100_000
     test_episodes: int = 500
     validation_seed: int = 200_000
@@ -278,6 +281,9 @@ def plan(settings: Settings) -> list[Unit]:
             evaluate(unit.name, "stock")
         if unit.name.startswith(("bc-", "control-", "dppo-variant")):
             evaluate(unit.name, variant)
+        if unit.name.startswith(("bc-", "control-", "dppo-")) and "variant" not in unit.name:
+            if settings.transfer != variant or unit.name.startswith("dppo-"):
+                evaluate(unit.name, settings.transfer)
     return units
 
 

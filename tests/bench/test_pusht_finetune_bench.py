@@ -132,7 +132,8 @@ def document(runs, report):
         for seed in settings.seeds if kind in ("bc", "control", "dppo", "dppo-variant") else (0,):
             run = f"{kind}-{seed}"
             trained[run] = {"cpu_seconds": 100.0, **({"env_steps": 1_250_000} if "dppo" in kind else {})}
-            for variant in ("near-goal",) if kind == "dppo-variant" else ("stock", "near-goal")[: 2 if seed else 1]:
+            tasks = ("stock", "time-limit", "near-goal")[: 3 if seed else 2]
+            for variant in ("near-goal",) if kind == "dppo-variant" else tasks:
                 evaluations[f"{run}@{variant}"] = evaluation((rate, 0.1), (rate, 0.05))
     made = {
         "device": {"name": "a processor"}, "versions": {"torch": "2"}, "commit": "0123456789abcdef",
@@ -149,6 +150,7 @@ def test_the_comparisons_say_who_gains(document):
     assert found["FPO against compute-matched BC (flow)"]["high"] < 0.0
     assert not found["FPO against its start"]["gains"]
     assert "ReinFlow against its start" not in found, "it has not run"
+    assert found["stock's DPPO on time-limit against compute-matched BC"]["mean"] == pytest.approx(0.4)
     assert "DPPO on near-goal against its start" not in found, "bc-0 has not been evaluated there"
 
 
@@ -156,6 +158,8 @@ def test_the_table(report, document):
     text = report.markdown(document)
     assert "| DPPO | stock | 2 | 100 | 1.25 M | 0.800 | 0.050 | **0.800** |" in text
     assert "| DPPO, trained there | near-goal | 2 | 100 | 1.25 M |" in text
+    tasks = [line.split(" | ")[1] for line in text.splitlines() if line.startswith(("| BC", "| DPPO |"))]
+    assert tasks == sorted(tasks, key=("stock", "near-goal", "time-limit").index)
     assert "| BC (flow), compute-matched | stock | 1 | 100 |  | 0.600 |" in text
     assert "| DPPO against compute-matched BC | stock | 2 | +0.400 | [+0.2" in text and "| gains |" in text
     assert "encodes" not in text, "flat has not run"
@@ -207,6 +211,10 @@ def test_every_run_waits_for_what_it_needs_and_has_its_control(runs):
         assert all(f"{kind}-{seed}@stock" in names for seed in range(3))
     for kind in ("bc", "control", "dppo-variant"):
         assert all(f"{kind}-{seed}@near-goal" in names for seed in range(3))
+    limited = sorted(name for name in names if name.endswith("@time-limit"))
+    assert limited == [f"{kind}-{seed}@time-limit" for kind in ("bc", "control", "dppo") for seed in range(3)]
+    same = [unit.name for unit in runs.plan(runs.Settings(variant="time-limit"))]
+    assert len(set(same)) == len(same) and "dppo-0@time-limit" in same and "dppo-variant-0@time-limit" in same
 
 
 def test_a_smaller_scale_is_the_same_bench(runs):
