@@ -281,9 +281,9 @@ def plan(settings: Settings) -> list[Unit]:
             evaluate(unit.name, "stock")
         if unit.name.startswith(("bc-", "control-", "dppo-variant")):
             evaluate(unit.name, variant)
-        if unit.name.startswith(("bc-", "control-", "dppo-")) and "variant" not in unit.name:
-            if settings.transfer != variant or unit.name.startswith("dppo-"):
-                evaluate(unit.name, settings.transfer)
+        policies = ("bc-", "control-", "dppo-") if settings.transfer != variant else ("dppo-",)
+        if unit.name.startswith(policies) and not unit.name.startswith("dppo-variant"):
+            evaluate(unit.name, settings.transfer)
     return units
 
 
