@@ -117,7 +117,10 @@ class Bench:
         """Run a command of the library; its output goes to logs/. Raises :class:`Failed` with its last line."""
         log = self.work / "logs" / f"{name}.log"
         threads = str(self.settings.threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        # Unbuffered: both streams go to one file, and a buffer that is written at the end would come after the error.
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
         with log.open("ab") as output, self.lock:
             if self.stopping:
                 raise Failed("interrupted")
