@@ -220,7 +220,9 @@ def run_finetune(config: FinetuneConfig) -> int:
         f"rows, {total.restarts} restarts"
     )
     options = f"--checkpoint {config.out} --sampler stochastic --min-std {config.min_std:g} --variant {config.variant}"
-    if result.reports:
+    if not result.reports:
+        print(f"nothing to do: the run is at iteration {result.iterations}")
+    else:
         last = result.reports[-1]
         print(
             f"a rollout holds {last.buffer_bytes / 1e6:.1f} MB, each observation once; with one for every sample "

@@ -27,8 +27,8 @@ class FinetuneConfig:
     The policy is trained on progress towards the goal and a bonus at success; evaluations report the stock score.
     """
 
-    checkpoint: str
-    """Where to start: a checkpoint folder or a run folder of train or finetune."""
+    checkpoint: str | None = None
+    """Where to start: a checkpoint folder or a run folder of train or finetune. Only --resume goes without."""
     algo: Algo = "dppo"
     """dppo: PPO over denoising chains. fpo: PPO of denoising losses. reinflow: PPO over flows. awr: weighted BC."""
     out: str = "runs/finetune"
@@ -40,9 +40,10 @@ class FinetuneConfig:
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights of the checkpoint, or those of its last step."""
     budget: str | None = None
-    """Time to collect and learn (90s, 5m, 1h), without evaluations. Neither this nor --max-iterations: 10m."""
+    """Time to collect and learn (90s, 5m, 1h), without evaluations; the iteration under way is finished. Neither this
+    nor --max-iterations: 10m."""
     max_iterations: int | None = None
-    """Iterations."""
+    """Iterations, more than --critic-warmup."""
     envs: int = 120
     """Environments N that collect side by side."""
     vector: Literal["sync", "async"] = "sync"
@@ -155,7 +156,7 @@ class FinetuneConfig:
         if self.max_iterations is not None and self.critic_warmup >= self.max_iterations:
             raise InvalidOption(
                 f"--critic-warmup must be below --max-iterations {self.max_iterations}, got {self.critic_warmup}: "
-                "every iteration would train the value function alone"
+                "every iteration would train the value function alone; for a short look give --critic-warmup 0"
             )
         if self.peer_passes and not self.flat_pairs:
             raise InvalidOption("--peer-passes goes with --flat-pairs")
@@ -171,7 +172,9 @@ class FinetuneConfig:
                 raise InvalidOption(f"{_flag(name)} is an option of {' and '.join(algos)}, got --algo {self.algo}")
         if self.clip is not None and self.algo == "dppo" and self.clip_base > self.clip:
             raise InvalidOption(f"--clip-base must be at most --clip {self.clip}, got {self.clip_base}")
-        if not self.out.strip() or not self.checkpoint.strip():
+        if self.checkpoint is None and not self.resume:
+            raise InvalidOption("--checkpoint must name the checkpoint or run folder to start from, got none")
+        if not self.out.strip() or not (self.checkpoint is None or self.checkpoint.strip()):
             raise InvalidOption("--out and --checkpoint must name folders, got an empty string")
         if self.seed >= 2**31:
             raise InvalidOption(f"--seed must be below 2**31, got {self.seed}")
@@ -202,7 +205,7 @@ class FinetuneConfig:
 
 RESUMABLE = frozenset(
     (
-        "checkpoint", "out", "which", "weights", "budget", "max_iterations", "rows_per_pass", "vector", "eval_every",
+        "out", "budget", "max_iterations", "rows_per_pass", "vector", "eval_every",
         "eval_episodes", "eval_seed", "eval_sampler", "checkpoint_every", "keep", "log", "num_threads", "device",
         "resume", "progress",
     )

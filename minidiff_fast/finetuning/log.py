@@ -37,6 +37,7 @@ class FinetuneLog:
         self._bar = require("tqdm", extra="train").tqdm(
             total=config.max_iterations if self._by_iteration else round(config.budget_seconds or 0.0),
             unit=" iterations" if self._by_iteration else " s",
+            initial=step if self._by_iteration else 0,
             desc=f"finetune {config.algo}",
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}{postfix}]",

@@ -203,7 +203,7 @@ class Finetuner:
         """
         evaluations = Due(self.config.evaluate, self.iteration, self.seconds)
         saves = Due(self.config.save, self.iteration, self.seconds)
-        saved = -1
+        saved = self.iteration if self.iteration else -1  # what was resumed lies there
         with Signals() as signals:
             try:
                 while not self._finished():

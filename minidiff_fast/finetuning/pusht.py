@@ -79,6 +79,7 @@ def finetune_pusht(
 def _start(config: FinetuneConfig) -> tuple[FinetuneConfig, Path]:
     """The checkpoint that the run begins or goes on from; a resumed run keeps its budget where none is given."""
     if not config.resume:
+        assert config.checkpoint is not None  # the configuration checks it
         found = checkpoint.find_checkpoint(config.checkpoint, config.which)
         if checkpoint.fine_tuned_steps(checkpoint.read_info(found)) is not None:
             raise CheckpointError(
@@ -90,7 +91,7 @@ def _start(config: FinetuneConfig) -> tuple[FinetuneConfig, Path]:
     begun = checkpoint.read_info(found).train
     if "algo" not in begun:
         raise CheckpointError(f"{found}: is no run of finetune; --resume goes on with one, --checkpoint begins one")
-    own: dict[str, Any] = {name: begun.get(name) for name in RESOLVED if getattr(config, name) is None}
+    own: dict[str, Any] = {name: begun.get(name) for name in (*RESOLVED, "checkpoint") if getattr(config, name) is None}
     config = replace(config, **own)
     for name, value in config.to_dict().items():
         if name not in RESUMABLE and begun.get(name) != value:
@@ -115,6 +116,11 @@ class _Run:
 
         self.config, self.shapes, self.device = config, shapes, device
         self.interval = config.interval("eval_every")
+        if config.fine_tuned_steps is not None and config.fine_tuned_steps > shapes.num_inference_steps:
+            raise InvalidOption(
+                f"--fine-tuned-steps must be at most the sampler's {shapes.num_inference_steps} steps, "
+                f"got {config.fine_tuned_steps}"
+            )
         algorithm = build_algorithm(config, shapes, policy)
         check_k(config, algorithm)
         part = config.algo == "dppo" and algorithm.steps != shapes.num_inference_steps

@@ -161,7 +161,8 @@ def find_checkpoint(path: str | Path, which: Literal["last", "best"] = "last") -
         root = folder if folder.name == FOLDER else folder / FOLDER
         name = _read_pointer(root / which)
         if name is None:
-            raise CheckpointError(f"{path}: holds no checkpoint ({root / which} is not there)")
+            kind = "best checkpoint, which evaluations choose" if which == "best" else "checkpoint"
+            raise CheckpointError(f"{path}: holds no {kind} ({root / which} is not there)")
         if not _NAME.fullmatch(name):
             raise CheckpointError(
                 f"{root / which}: must hold the name of a checkpoint such as step_00001000, got {name[:40]!r}"

@@ -67,7 +67,7 @@ def config(start, out, **options):
         "max_iterations": 2, "envs": 2, "chunk_steps": 3, "epochs": 2, "batch_size": 4, "critic_warmup": 1,
         "eval_every": "none", "log": "none", "progress": False, "lr": 1e-3,
     }  # fmt: skip
-    return FinetuneConfig(checkpoint=start, out=str(out), **{**values, **options})
+    return FinetuneConfig(**{"checkpoint": start, "out": str(out), **values, **options})
 
 
 def weights(folder):
@@ -103,7 +103,7 @@ def test_from_the_command_line_with_tensorboard_and_evaluations(cloned, tmp_path
     assert "encoder passes" in (out / "report.md").read_text()
 
 
-def test_a_resumed_run_goes_on(cloned, tmp_path):
+def test_a_resumed_run_goes_on(cloned, tmp_path, capsys):
     out, options = tmp_path / "run", {"critic_warmup": 0, "lr": None}
     begun = finetune_pusht(config(cloned, out, max_iterations=1, **options))
     stored = checkpoint.read_info(checkpoint.find_checkpoint(out)).train
@@ -114,6 +114,16 @@ def test_a_resumed_run_goes_on(cloned, tmp_path):
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
     with pytest.raises(CheckpointError, match="--lr"):
         finetune_pusht(config(cloned, out, resume=True, **options | {"lr": 5e-3}))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if "checkpoints" in path.parts}
+    same = ["--resume", "--out", str(out), "--max-iterations", "3", "--no-progress", "--log", "none"]
+    shape = "--envs 2 --chunk-steps 3 --epochs 2 --batch-size 4 --critic-warmup 0 --eval-every none"
+    assert main(["finetune", "pusht", *same, *shape.split()]) == 0  # from the checkpoint that it began with
+    assert "nothing to do: the run is at iteration 3" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(CheckpointError, match="--checkpoint .*got elsewhere"):
+        finetune_pusht(config("elsewhere", out, resume=True, **options))
+    with pytest.raises(CheckpointError, match="--weights ema, got model"):
+        finetune_pusht(config(cloned, out, resume=True, weights="model", **options))
     with pytest.raises(CheckpointError, match="no run of finetune"):
         finetune_pusht(config(cloned, cloned, resume=True))
 
@@ -235,6 +245,7 @@ def test_the_samplers_of_fine_tuning_act(cloned):
         ({"budget": "5 parsecs"}, "--budget"),
         ({"eval_every": "often"}, "--eval-every"),
         ({"out": " "}, "--out"),
+        ({"checkpoint": None}, "--checkpoint must name .* got none"),
         ({"device": "tpu"}, "--device"),
         ({"critic": "none"}, "--critic"),
         ({"weights": "emma"}, "--weights"),
@@ -253,6 +264,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(cloned, cloned_
     for start, options in ((cloned_flow, {"algo": "reinflow", "k": 2}), (cloned, {"k": 4}), (cloned, {"algo": "fpo", "k": 9})):  # fmt: skip
         with pytest.raises(InvalidOption, match=f"--k must be .*got {options['k']}"):
             finetune_pusht(config(start, out, **options))
+    with pytest.raises(InvalidOption, match="--fine-tuned-steps must be at most the sampler's 3 steps, got 4"):
+        finetune_pusht(config(cloned, out, fine_tuned_steps=4))
     with pytest.raises(CheckpointError, match="no such folder"):
         finetune_pusht(config(str(tmp_path / "nowhere"), out))
     assert not out.exists()
