@@ -21,8 +21,8 @@ class FinetuneConfig:
     An iteration collects --chunk-steps decisions (action chunks) from each of --envs environments, and makes --epochs
     passes over them in minibatches of --batch-size decisions with their K samples each, or --k of them. An observation
     is encoded once to act and once in each of these passes, whatever K is; the value function's own encoder sees it
-    once in collecting and in each of --critic-epochs passes. With --flat-pairs every (decision, sample) pair of the
-    --epochs passes encodes its own, as the published code of these methods does.
+    once in collecting and in each of --critic-epochs passes. With --flat-pairs every (decision, sample) pair that is
+    learned from encodes its own, as the published code of these methods does.
 
     The policy is trained on progress towards the goal and a bonus at success; evaluations report the stock score.
     """
@@ -40,8 +40,7 @@ class FinetuneConfig:
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights of the checkpoint, or those of its last step."""
     budget: str | None = None
-    """Time to collect and learn (90s, 5m, 1h), without evaluations; the iteration under way is finished. Neither this
-    nor --max-iterations: 10m."""
+    """Time to collect and learn (90s, 5m, 1h), without evaluations. Neither this nor --max-iterations: 10m."""
     max_iterations: int | None = None
     """Iterations, more than --critic-warmup."""
     envs: int = 120
@@ -61,13 +60,11 @@ class FinetuneConfig:
     epochs: int = 3
     """Passes over the decisions of an iteration."""
     critic_epochs: int | None = None
-    """Passes over the decisions for the value function: the first --epochs train it with the policy, the rest alone.
-    None: 10, or --epochs if that is more; --epochs for images and with --critic shared, where a pass is dear."""
+    """The value function's passes. None: 10, or --epochs if more; --epochs for images and with --critic shared."""
     batch_size: int = 2000
     """B, decisions of a minibatch."""
     rows_per_pass: int | None = None
-    """Decisions that run at once; less needs less memory, the expected gradient is the same. None: the whole
-    minibatch."""
+    """Decisions that run at once: fewer need less memory, the expected gradient is the same. None: --batch-size."""
     lr: float | None = None
     """Learning rate of the policy (AdamW); None: 3e-4 for dppo, 1e-4 for the others."""
     critic_lr: float = 1e-3
@@ -91,8 +88,7 @@ class FinetuneConfig:
     awr_beta: float = 1.0
     """awr: inverse temperature of the weights exp(beta A)."""
     target_kl: float = 1.0
-    """dppo, fpo, reinflow: the policy stops learning from an iteration once a minibatch's KL is above this. fpo's is
-    one of denoising losses, hundreds of times smaller: 1 never stops it."""
+    """Not awr: above this KL of a minibatch, the policy learns no more from the iteration. fpo's KL is far smaller."""
     bc_weight: float = 0.0
     """dppo, reinflow: weight of the term that keeps the policy near the one it began as."""
     reward_scaling: bool = False
@@ -100,8 +96,7 @@ class FinetuneConfig:
     flat_pairs: bool = False
     """dppo, awr: encode the observation again for every denoising step, as published code does: for comparison."""
     peer_passes: bool = False
-    """dppo with --flat-pairs: also the passes that DPPO's code makes and whose results it throws away (the frozen
-    network beside the policy's), and its second pass for old log-probabilities."""
+    """dppo with --flat-pairs: also the passes that DPPO's code makes without using, or makes twice."""
     eval_every: str = "auto"
     """How often to evaluate: 5 (iterations), 2m (training time), none; auto is 5 times a run."""
     eval_episodes: int = 100

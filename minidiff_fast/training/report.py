@@ -18,8 +18,9 @@ CONTACT_SHEET = "contact_sheet.png"
 CURVES, REPORT_PNG, REPORT_MD = "curves.png", "report.png", "report.md"
 
 _OPTIONS = (
-    "algo", "variant", "envs", "chunk_steps", "epochs", "critic_epochs", "clip", "flat_pairs", "batch_size", "l2_batch",
-    "lr", "budget", "max_steps", "max_iterations", "seed", "data", "demo_episodes", "mirror",
+    "algo", "checkpoint", "variant", "envs", "chunk_steps", "epochs", "critic_epochs", "gamma", "clip", "min_std",
+    "flat_pairs", "batch_size", "l2_batch", "lr", "budget", "max_steps", "max_iterations", "seed", "data",
+    "demo_episodes", "mirror",
 )  # fmt: skip
 _SHAPES = ("obs", "prediction", "denoiser", "horizon", "n_action_steps", "num_inference_steps")
 
@@ -47,7 +48,10 @@ def compare(runs: Sequence[str | Path], path: str | Path) -> Path:
     """
     figure, (axes,) = _figure(1, 1, (7.0, 4.5))
     for run in runs:
-        _draw_score(axes, read_metrics(run), label=Path(run).name)
+        rows = read_metrics(run)
+        if not any(row["kind"] == "eval" for row in rows):
+            raise RunFolderError(f"{run}: metrics.jsonl has no evaluation to draw (--eval-every none?)")
+        _draw_score(axes, rows, label=Path(run).name)
     axes.legend(fontsize=8)
     return _save(figure, Path(path))
 
@@ -149,12 +153,14 @@ def _draw_report(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, 
     sheet = folder / CONTACT_SHEET
     picture = image.imread(sheet) if sheet.is_file() else None
     below = 0.0 if picture is None else 10.0 * picture.shape[0] / picture.shape[1]
-    figure = _new_figure((10.0, 5.5 + below))
-    grid = figure.add_gridspec(3 if below else 2, 2, height_ratios=[1.9, 3.6, *([below] if below else [])])
+    above = 0.4 + 0.135 * max(len(facts), len(options))  # inches; a line of text each
+    figure = _new_figure((10.0, above + 3.6 + below))
+    grid = figure.add_gridspec(3 if below else 2, 2, height_ratios=[above, 3.6, *([below] if below else [])])
     for column, (title, table) in enumerate((("result", facts), ("options", options))):
         axes = figure.add_subplot(grid[0, column])
         axes.axis("off")
-        text = "\n".join(f"{name:<20} {value}" for name, value in table.items())
+        shown = {name: text if len(text := str(value)) <= 36 else f"...{text[-33:]}" for name, value in table.items()}
+        text = "\n".join(f"{name:<22} {value}" for name, value in shown.items())
         axes.text(0.0, 1.0, text, family="monospace", fontsize=8, va="top")
         axes.set_title(f"{folder.resolve().name}: {title}", loc="left", fontsize=10)
     _draw_loss(figure.add_subplot(grid[1, 0]), rows)
@@ -182,6 +188,8 @@ def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def _draw_score(axes: Any, rows: Sequence[dict[str, Any]], label: str | None) -> None:
     scores = [row for row in rows if row["kind"] == "eval"]
+    if not scores:
+        axes.text(0.5, 0.5, "no evaluation on the way", transform=axes.transAxes, ha="center", va="center")
     minutes = [row["wall"] / 60.0 for row in scores]
     lines = axes.plot(minutes, [row["score"] for row in scores], marker="o", markersize=3, label=label)
     low = [row["score_interval"][0] for row in scores]

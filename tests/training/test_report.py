@@ -98,6 +98,18 @@ def test_runs_compared(run: Path, tmp_path: Path) -> None:
     assert size(path)[0] > 300
 
 
+def test_a_run_without_evaluations(run: Path, tmp_path: Path) -> None:
+    metrics = run / "metrics.jsonl"
+    rows = [line for line in metrics.read_text().splitlines() if json.loads(line)["kind"] != "eval"]
+    metrics.write_text("\n".join(rows) + "\n")
+    markdown, picture = report.write_report(run)
+    assert "mean score" not in markdown.read_text()
+    assert size(picture)[0] > 500
+    with pytest.raises(RunFolderError, match="my_run: metrics.jsonl has no evaluation"):
+        report.compare([run], tmp_path / "both.png")
+    assert not (tmp_path / "both.png").exists()
+
+
 def test_what_is_not_a_run(tmp_path: Path, run: Path) -> None:
     with pytest.raises(RunFolderError, match="is .* a run folder"):
         report.write_report(tmp_path)
