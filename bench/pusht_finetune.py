@@ -73,8 +73,8 @@ def evaluate_run(folder: Path, variant: str, settings: Settings) -> Record:
         found[part] = {}
         for sampler in report.SAMPLERS:
             result = evaluate_checkpoint(
-                folder, sampler=sampler, min_std=settings.min_std, variant=variant, episodes=episodes, seed=seed
-            )
+                folder, sampler=sampler, min_std=settings.noise(variant), variant=variant, episodes=episodes, seed=seed,
+            )  # fmt: skip
             found[part][sampler] = {
                 "success": [int(value) for value in result.successes],
                 "score": [round(value, 4) for value in result.scores],

@@ -144,7 +144,9 @@ def markdown(document: Record) -> str:
         "",
         f"Success on {settings['test_episodes']} unseen starts (seeds {settings['test_seed']}..). The best sampler is "
         f"the one that did better on {settings['validation_episodes']} others (seeds {settings['validation_seed']}..). "
-        "CPU s: processor time of training and collecting, beyond the start where there is one.",
+        "CPU s: processor time of training and collecting, beyond the start where there is one. Noise of the "
+        f"stochastic sampler: {settings['min_std']} of the normalised action, {settings['variant_min_std']} on "
+        f"{settings['variant']}.",
         "",
         "| policy | task | seeds | CPU s | env steps | deterministic | stochastic | best sampler |",
         "|---|---|---|---|---|---|---|---|",

@@ -184,7 +184,10 @@ def test_resume_and_report(
     assert (run / "report.md").is_file()
     assert (run / "report.png").is_file()
     both = tmp_path / "both.png"
-    assert cli.main(["report", str(run), str(trained / "run"), "--out", str(both)]) == 0
+    capsys.readouterr()
+    assert "no evaluation" in refused(capsys, "report", str(run), str(trained / "run"), "--out", str(both))
+    assert not both.exists(), "this run was trained with --eval-every none"
+    assert cli.main(["report", str(trained / "run"), str(trained / "run"), "--out", str(both)]) == 0
     assert both.is_file()
     capsys.readouterr()
     assert "exists already" in refused(capsys, "report", str(run), str(run), "--out", str(both))

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,6 +336,37 @@ def test_the_control_trains_on_for_the_processor_time_of_the_longest(runs, tmp_p
     assert asked == [("control-0", 0, {"max_steps": 341, "flow": False, "resume": True})]
     assert (bench.folder("control-0") / "checkpoints" / "last").is_file()
     assert found["cpu_seconds"] == 122.0 and found["matched_cpu_seconds"] == 120.2 and found["step"] == 241
+
+
+def test_the_shifted_task_has_its_own_noise_in_training_and_in_evaluation(runs, tmp_path, monkeypatch):
+    commands = {}
+
+    def call(bench, name, command):
+        commands[name] = list(command)
+        (tmp_path / "logs" / f"{name}.evaluation.json").write_text("{}")
+
+    monkeypatch.setattr(runs.Bench, "call", call)
+    monkeypatch.setattr(runs.Bench, "_rows", lambda *_: [{"step": 1, "seconds": 1.0, "cpu_seconds": 1.0}])
+    settings = runs.Settings(min_std=0.05, variant_min_std=0.01)
+    bench = runs.Bench(settings, tmp_path)
+    bench.finetune("dppo-0", 0, "bc-0", "dppo")
+    bench.finetune("dppo-variant-0", 0, "bc-0", "dppo", variant="near-goal")
+    for name, noise in (("dppo-0", "0.05"), ("dppo-variant-0", "0.01")):
+        assert commands[name][commands[name].index("--min-std") + 1] == noise
+    assert [settings.noise(task) for task in ("stock", "near-goal", "time-limit")] == [0.05, 0.01, 0.05]
+
+    import pusht_finetune
+
+    from minidiff_fast.training import pusht
+
+    used = []
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    monkeypatch.setattr(
+        pusht, "evaluate_checkpoint",
+        lambda folder, *, min_std, **_: used.append(min_std) or SimpleNamespace(successes=(True,), scores=(1.0,)),
+    )  # fmt: skip
+    pusht_finetune.evaluate_run(tmp_path, "near-goal", settings)
+    assert set(used) == {0.01}
 
 
 def test_a_folder_of_other_settings_is_refused(runs, tmp_path):
