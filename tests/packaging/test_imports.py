@@ -87,3 +87,15 @@ def test_kernels_is_not_importable_under_another_name() -> None:
 def test_kernels_is_a_package_of_minidiff_fast(tmp_path: Path) -> None:
     code = "import sys, minidiff_fast.kernels as k; print(k.__name__, {'triton', 'kernels'} & set(sys.modules))"
     assert output(code, tmp_path) == "minidiff_fast.kernels set()"
+
+
+def test_the_root_is_not_on_the_path_of_the_tests() -> None:
+    assert ROOT not in [Path(entry).resolve() for entry in sys.path]
+
+
+def test_nor_is_it_with_python_m_pytest() -> None:
+    here = f"{Path(__file__).relative_to(ROOT)}::test_the_root_is_not_on_the_path_of_the_tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "1 passed" in done.stdout
