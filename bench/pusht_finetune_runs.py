@@ -285,14 +285,13 @@ def plan(settings: Settings) -> list[Unit]:
     for seed in settings.seeds:
         control("control", seed, f"bc-{seed}", [f"dppo-{seed}", f"dppo-variant-{seed}"])
     control("flow-control", one, f"flow-{one}", [f"fpo-{one}", f"reinflow-{one}"])
+    tasks = {
+        "bc": ("stock", variant, settings.transfer), "control": ("stock", variant, settings.transfer),
+        "dppo": ("stock", settings.transfer), "dppo-variant": (variant,),
+    }  # fmt: skip
     for unit in list(units):
-        if not unit.name.startswith("dppo-variant"):
-            evaluate(unit.name, "stock")
-        if unit.name.startswith(("bc-", "control-", "dppo-variant")):
-            evaluate(unit.name, variant)
-        policies = ("bc-", "control-", "dppo-") if settings.transfer != variant else ("dppo-",)
-        if unit.name.startswith(policies) and not unit.name.startswith("dppo-variant"):
-            evaluate(unit.name, settings.transfer)
+        for task in dict.fromkeys(tasks.get(unit.name.rsplit("-", 1)[0], ("stock",))):  # the two may be one
+            evaluate(unit.name, task)
     return units
 
 

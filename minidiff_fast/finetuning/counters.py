@@ -211,11 +211,11 @@ def flat_encoder_passes(
         epochs: E.
         cameras: C, images per observation.
         envs: n_envs.
-        critic_epochs: passes of the critic; those beyond E add S each. None: E, as in the source.
+        critic_epochs: passes of the critic, at least E; those beyond E add S each. None: E, as in the source.
     """
     _check_formula("flat_encoder_passes", chunk_steps, denoise_steps, fine_tuned, epochs, cameras, envs)
-    each = (denoise_steps + fine_tuned) + 2 * fine_tuned + 1 + 3 * epochs * fine_tuned
-    each += max(0, (critic_epochs or 0) - epochs)
+    more = _critic_alone("flat_encoder_passes", epochs, critic_epochs)
+    each = (denoise_steps + fine_tuned) + 2 * fine_tuned + 1 + 3 * epochs * fine_tuned + more
     return cameras * (chunk_steps * each + envs)
 
 
@@ -252,11 +252,11 @@ def level2_encoder_passes(
         cameras: C, images per observation.
         envs: n_envs.
         rescoring: whether the old log-probabilities are computed after sampling, from observations.
-        critic_epochs: passes of the critic; those beyond E add S each. None: E.
+        critic_epochs: passes of the critic, at least E; those beyond E add S each. None: E.
     """
     _check_formula("level2_encoder_passes", chunk_steps, denoise_steps, fine_tuned, epochs, cameras, envs)
-    each = (1 + int(denoise_steps > fine_tuned)) + int(rescoring) + 1 + 2 * epochs
-    each += max(0, (critic_epochs or 0) - epochs)
+    more = _critic_alone("level2_encoder_passes", epochs, critic_epochs)
+    each = (1 + int(denoise_steps > fine_tuned)) + int(rescoring) + 1 + 2 * epochs + more
     return cameras * (chunk_steps * each + envs)
 
 
@@ -269,3 +269,10 @@ def _check_formula(
             f"chunk_steps = {chunk_steps}, denoise_steps = {steps}, fine_tuned = {fine_tuned}, epochs = {epochs}, "
             f"cameras = {cameras}, envs = {envs}"
         )
+
+
+def _critic_alone(caller: str, epochs: int, critic_epochs: int | None) -> int:
+    """Passes of the critic beyond those that it makes with the actor."""
+    if critic_epochs is not None and critic_epochs < epochs:
+        raise InvalidArgument(f"{caller}: critic_epochs must be at least epochs = {epochs}, got {critic_epochs}")
+    return 0 if critic_epochs is None else critic_epochs - epochs

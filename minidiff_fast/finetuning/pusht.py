@@ -105,7 +105,7 @@ def _start(config: FinetuneConfig) -> tuple[FinetuneConfig, Path]:
 
 
 class _Run:
-    """The parts of a run, and what it writes."""
+    """The parts of a run of a :func:`resolved` configuration, and what it writes."""
 
     def __init__(
         self, config: FinetuneConfig, shapes: PolicyConfig, policy: DiffusionPolicy, found: Path, device: str
@@ -114,6 +114,7 @@ class _Run:
         from minidiff_fast.finetuning.log import FinetuneLog
         from minidiff_fast.finetuning.loop import Finetuner, LoopConfig
 
+        assert config.lr is not None  # resolved
         self.config, self.shapes, self.device = config, shapes, device
         self.interval = config.interval("eval_every")
         if config.fine_tuned_steps is not None and config.fine_tuned_steps > shapes.num_inference_steps:
@@ -127,7 +128,7 @@ class _Run:
         frozen = part or config.bc_weight > 0.0 or config.peer_passes
         update = UpdateConfig(
             epochs=config.epochs, critic_epochs=config.critic_epochs, batch_size=config.batch_size, k=config.k,
-            actor_lr=config.lr or DEFAULT_LR[config.algo], critic_lr=config.critic_lr, target_kl=config.target_kl,
+            actor_lr=config.lr, critic_lr=config.critic_lr, target_kl=config.target_kl,
             flat_pairs=config.flat_pairs, rows_per_pass=config.rows_per_pass,
         )  # fmt: skip
         loop = LoopConfig(
@@ -234,12 +235,12 @@ def executed_tokens(shapes: PolicyConfig) -> tuple[int, int]:
 
 
 def build_algorithm(config: FinetuneConfig, shapes: PolicyConfig, policy: DiffusionPolicy) -> Any:
-    """The algorithm of ``--algo`` for a policy.
+    """The algorithm of ``--algo`` for a policy; ``config`` is :func:`resolved`.
 
     Raises :class:`CheckpointError` where it needs another kind of policy.
     """
     shape, act_steps = (shapes.horizon, ACTION_DIM), executed_tokens(shapes)
-    clip = DEFAULT_CLIP.get(config.algo, 0.0) if config.clip is None else config.clip
+    clip = config.clip or 0.0  # awr alone has none, and does not read it
     if config.algo == "dppo":
         from minidiff_fast.objectives.dppo import DPPO, DPPOConfig
 

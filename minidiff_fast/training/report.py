@@ -159,8 +159,7 @@ def _draw_report(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, 
     for column, (title, table) in enumerate((("result", facts), ("options", options))):
         axes = figure.add_subplot(grid[0, column])
         axes.axis("off")
-        shown = {name: text if len(text := str(value)) <= 36 else f"...{text[-33:]}" for name, value in table.items()}
-        text = "\n".join(f"{name:<22} {value}" for name, value in shown.items())
+        text = "\n".join(f"{name:<22} {_end_of(str(value), 36)}" for name, value in table.items())
         axes.text(0.0, 1.0, text, family="monospace", fontsize=8, va="top")
         axes.set_title(f"{folder.resolve().name}: {title}", loc="left", fontsize=10)
     _draw_loss(figure.add_subplot(grid[1, 0]), rows)
@@ -170,6 +169,14 @@ def _draw_report(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, 
         axes.imshow(picture)
         axes.axis("off")
     return _save(figure, folder / REPORT_PNG)
+
+
+def _end_of(text: str, width: int) -> str:
+    """
+    >>> _end_of("/a/long/path/runs/bc-1", 12), _end_of("runs/bc-1", 12)
+    ('...runs/bc-1', 'runs/bc-1')
+    """
+    return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -173,3 +173,6 @@ def test_figures_of_dppo() -> None:
     assert level2_encoder_passes(*robomimic, rescoring=False) == 15_000 * 22 + 50
     with pytest.raises(InvalidArgument, match="fine_tuned = 6"):
         flat_encoder_passes(10, 5, 6, 1, 1, 1)
+    for formula in (flat_encoder_passes, level2_encoder_passes):
+        with pytest.raises(InvalidArgument, match="critic_epochs must be at least epochs = 4, got 3"):
+            formula(10, 5, 5, 4, 1, 1, critic_epochs=3)
